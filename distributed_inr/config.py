@@ -1,0 +1,207 @@
+"""Configuration: frozen, validated dataclasses; dotted overrides; JSON in and out; the command line.
+
+Every option of every verb is a field of a config, addressed by one dotted path ("autoencoder.kl_weight") in flags, sweeps,
+JSON files, logs and error messages. Values from outside enter only through `override` and `from_json`, which validate.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import json
+import logging
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import UnionType
+from typing import Any, NoReturn, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+C = TypeVar("C")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def config(cls: type[C]) -> type[C]:
+    """Make `cls` a frozen, keyword-only dataclass whose fields are validated and whose unknown keys are errors."""
+    settings = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    return pydantic_dataclass(frozen=True, kw_only=True, config=settings)(cls)  # type: ignore[return-value]
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """The config as plain JSON types, nested like the config."""
+    return json.loads(to_json(value))
+
+
+def to_json(value: Any) -> str:
+    return pydantic.TypeAdapter(type(value)).dump_json(value, indent=2).decode()
+
+
+def from_json(cls: type[C], text: str) -> C:
+    """Rebuild a config from JSON. Raises ValueError with the path, the value and the rule."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}; expected the contents of a run's config.json") from None
+    return _validate(cls, values)
+
+
+def override(value: C, changes: Mapping[str, Any]) -> C:
+    """A copy of `value` with dotted fields replaced and everything validated again.
+
+    Setting `x.kind` of a union field switches to that variant with its own defaults; fields that both variants have keep
+    their values only if they are set in `changes` too. Strings are converted to the field's type, as on the command line.
+    """
+    tree = to_dict(value)
+    flat = leaves(type(value), value)
+    for path in sorted(changes, key=lambda path: (not path.endswith(".kind"), path)):
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise ValueError(_unknown("field", path, flat))
+        if name == "kind" and node.get("kind") != changes[path]:
+            node.clear()
+        elif name not in node and "kind" not in node:
+            raise ValueError(_unknown("field", path, flat))
+        node[name] = changes[path]
+    return _validate(type(value), tree)
+
+
+def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Dotted paths whose values differ between two configs (or their dicts), as {path: (old, new)}."""
+    flat_old, flat_new = (dict(_flatten(v if isinstance(v, Mapping) else to_dict(v))) for v in (old, new))
+    paths = sorted(flat_old.keys() | flat_new.keys())
+    return {p: (flat_old.get(p), flat_new.get(p)) for p in paths if flat_old.get(p) != flat_new.get(p)}
+
+
+def leaves(cls: type, value: Any, prefix: str = "") -> dict[str, tuple[Any, Any, str]]:
+    """Every field of a nested config as {dotted path: (type, current value, help text)}, in declaration order."""
+    found: dict[str, tuple[Any, Any, str]] = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        current, path = getattr(value, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(current):
+            found |= leaves(type(current), current, f"{path}.")
+            variants = _variants(hints[field.name])
+            if len(variants) > 1:
+                _, kind, _ = found[f"{path}.kind"]
+                found[f"{path}.kind"] = (str, kind, f"One of {', '.join(variants)}; another kind starts from its defaults.")
+        else:
+            found[path] = (hints[field.name], current, cls.__pydantic_fields__[field.name].description or "")
+    return found
+
+
+def parse(argv: Sequence[str], presets: Mapping[str, Callable[[], C]], *, default: str, description: str) -> C:
+    """Read `[preset] [--a.b-c value ...]` into a config; `--help` lists every field with its meaning and default.
+
+    Raises ValueError for unknown presets and flags (naming the nearest), wrong types and values out of range.
+    """
+    argv = list(argv)
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else default
+    if name not in presets:
+        raise ValueError(_unknown("preset", name, presets))
+    value = presets[name]()
+    kinds = {flag[2:].replace("-", "_"): kind for flag, kind in zip(argv, argv[1:], strict=False) if flag.endswith(".kind")}
+    value = override(value, kinds)
+
+    fields = leaves(type(value), value)
+    parser = _Parser(
+        usage=f"{sys.argv[0]} [preset] [--field value ...]",
+        description=f"{description}\n\npresets: {', '.join(presets)} (default: {default})",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for path, (hint, current, text) in fields.items():
+        shown = " ".join(map(str, current)) if isinstance(current, tuple) else str(current)
+        parser.add_argument(
+            "--" + path.replace("_", "-"),
+            dest=path,
+            nargs="*" if typing.get_origin(hint) is tuple else None,
+            default=argparse.SUPPRESS,
+            metavar=_metavar(hint),
+            help=f"{text} (default: {shown})".replace("%", "%%"),
+        )
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = ["--" + path.replace("_", "-") for path in fields]
+        raise ValueError(_unknown("flag", unknown[0].split("=")[0], flags))
+    return override(value, {path: None if text == "none" else text for path, text in vars(parsed).items()})
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Wrap a job's `main`: a user's mistake (ValueError) becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        try:
+            main()
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return run
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists every flag")
+
+
+def _validate(cls: type[C], values: Any) -> C:
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        # The location also names the union variants that were tried: keep field names, drop class names and tags.
+        parts = [str(part) for part in first["loc"]]
+        path = ".".join(_keep_fields(values, parts))
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "unexpected_keyword_argument":
+            raise ValueError(f"{path} is not a field; remove it or check the spelling against --help") from None
+        if first["type"] == "value_error":  # a cross-field rule: it already names its values and remedy
+            raise ValueError(f"{path + ': ' if path else ''}{message}") from None
+        raise ValueError(f"{path}={first['input']!r}: {message}; see --help for what it accepts") from None
+
+
+def _keep_fields(values: Any, parts: list[str]) -> Iterator[str]:
+    for part in parts:
+        if isinstance(values, Mapping) and part in values:
+            values = values[part]
+            yield part
+        elif isinstance(values, list | tuple) and part.isdigit():
+            yield part
+        elif part == parts[-1] and part.isidentifier() and part.islower():
+            yield part
+
+
+def _variants(hint: Any) -> list[str]:
+    """The `kind` tags of a union of configs."""
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    members = typing.get_args(hint) if isinstance(hint, UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    return [typing.get_args(typing.get_type_hints(m)["kind"])[0] for m in members if "kind" in typing.get_type_hints(m)]
+
+
+def _metavar(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) is typing.Literal:
+        return "|".join(map(str, typing.get_args(hint)))
+    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint).replace("typing.", "")
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _unknown(what: str, name: str, known: typing.Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f"unknown {what} {name!r}; did you mean {nearest[0]}? --help lists all"

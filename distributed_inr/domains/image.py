@@ -1,0 +1,196 @@
+"""Images: functions of the plane to colour, measured by pixels."""
+
+import dataclasses
+import io
+import warnings
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import pydantic
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from PIL import Image as PillowImage
+from torch import Tensor
+
+from distributed_inr import randomness
+from distributed_inr.config import config
+from distributed_inr.domains.domain import Domain, Queries, Record, Signal, pixel_centres
+from distributed_inr.field import Field
+
+_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+
+
+@config
+class Image(Domain):
+    """RGB images in [-1, 1]; the encoder sees `size` pixels, the field is trained on `size` and on finer pixels."""
+
+    kind: Literal["image"] = "image"
+    size: Annotated[int, pydantic.Field(gt=0)] = 64
+    """Base resolution in pixels: what the encoder sees."""
+    source_size: Annotated[int, pydantic.Field(gt=0)] = 128
+    """Resolution in pixels of the square pictures in the shards; targets are taken from it, never enlarged."""
+    scales: tuple[float, ...] = (1.0, 1.5, 2.0)
+    """Target resolutions as multiples of `size`; those that the source does not have are left out (DDMI, appendix)."""
+    scale_weights: tuple[float, ...] = (0.3, 0.3, 0.4)
+    """Probability of each of `scales`, renormalised over those that the source has."""
+    flip: bool = True
+    """Train on mirrored copies too."""
+    max_pixels: int = 89_478_485
+    """Largest picture, in pixels, that is decoded; larger ones count as bad samples."""
+
+    coord_dim: ClassVar[int] = 2
+    value_dim: ClassVar[int] = 3
+    view_dim: ClassVar[int] = 1
+    input_kind: ClassVar[str] = "pixels"
+    metrics: ClassVar[tuple[str, ...]] = ("psnr", "ssim")
+
+    def __post_init__(self) -> None:
+        if len(self.scales) != len(self.scale_weights):
+            raise ValueError(
+                f"domain.scale_weights has {len(self.scale_weights)} entries and domain.scales {len(self.scales)}; "
+                "give one weight per scale"
+            )
+        if self.scales[0] != 1.0 or list(self.scales) != sorted(set(self.scales)):
+            raise ValueError(f"domain.scales={self.scales} must rise from 1.0; try 1.0 1.5 2.0")
+        if self.source_size < self.size:
+            raise ValueError(
+                f"domain.source_size={self.source_size} is smaller than domain.size={self.size}; "
+                "pixels are never invented: prepare larger pictures or lower domain.size"
+            )
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """Target resolutions in pixels that the source has."""
+        return tuple(round(self.size * s) for s in self.scales if round(self.size * s) <= self.source_size)
+
+    def read(self, record: Record, seed: int) -> Signal:
+        pixels = decode_image(record, self.max_pixels)
+        if pixels.shape[-2:] != (self.source_size, self.source_size):
+            raise ValueError(
+                f"{record['__key__']}: picture of {pixels.shape[-1]} x {pixels.shape[-2]} pixels, "
+                f"domain.source_size={self.source_size}; prepare the data at that size or change the option"
+            )
+        text = record["txt"].decode("utf-8") if "txt" in record else ""
+        return Signal(
+            key=record["__key__"],
+            seed=torch.tensor(seed),
+            position=torch.tensor(0),
+            inputs=resize_area(pixels[None], self.size)[0],
+            targets=pixels,
+            text=text,
+        )
+
+    def signal(self, pixels: UInt8[Tensor, "3 height width"], key: str = "") -> Signal:
+        """One's own picture as a batch of one: the central square, resized to what the encoder sees."""
+        side = min(pixels.shape[-2:])
+        top, left = ((extent - side) // 2 for extent in pixels.shape[-2:])
+        square = pixels[None, :, top : top + side, left : left + side]
+        if side >= self.size:
+            inputs = resize_area(square, self.size)
+        else:
+            warnings.warn(f"{key}: {side} pixels enlarged to domain.size={self.size} for the encoder", stacklevel=2)
+            inputs = F.interpolate(_to_unit(square), size=(self.size,) * 2, mode="bicubic").clamp(-1, 1)
+        zero = torch.zeros(1, dtype=torch.int64)
+        return Signal(key=[key], seed=zero, position=zero, inputs=inputs, targets=square, text=[""])
+
+    def copies(self, signal: Signal) -> tuple[Signal, ...]:
+        if not self.flip:
+            return (signal,)
+        targets = None if signal.targets is None else signal.targets.flip(-1)
+        return signal, dataclasses.replace(signal, inputs=signal.inputs.flip(-1), targets=targets)
+
+    def supervise(self, signal: Signal, count: int) -> tuple[Queries, Float[Tensor, "batch points 3"]]:
+        """Pixels of a base-sized crop of the picture at a random one of `resolutions` (the whole picture at scale 1).
+
+        `count` >= size^2 takes the whole crop, so that losses on grids (LPIPS) can be computed; fewer are drawn at random.
+        """
+        assert signal.targets is not None
+        batch, device, size = len(signal), signal.inputs.device, self.size
+        weights = torch.tensor(self.scale_weights[: len(self.resolutions)], dtype=torch.float64).cumsum(0)
+        thresholds = (weights / weights[-1]).to(device=device, dtype=torch.float32)[:-1]
+        level = torch.bucketize(randomness.uniform(signal.seed, "scale"), thresholds, right=True)
+        resolution = torch.tensor(self.resolutions, device=device)[level]
+        corner = randomness.uniform(signal.seed, "crop", (2,)) * (resolution - size + 1)[:, None]
+        x0, y0 = corner.long().unbind(1)
+
+        if count >= size * size:
+            cell = torch.arange(size * size, device=device).expand(batch, -1)
+        else:
+            cell = randomness.integers(signal.seed, "pixels", (count,), size * size)
+        x, y = x0[:, None] + cell % size, y0[:, None] + cell // size  # [batch, points], in target pixels
+
+        values = torch.empty(batch, cell.shape[1], 3, device=device)
+        for index, pixels in enumerate(self.resolutions):
+            rows = (level == index).nonzero().flatten()
+            picture = resize_area(signal.targets[rows], pixels).flatten(2)  # [rows, 3, pixels^2]
+            where = (y[rows] * pixels + x[rows])[:, None].expand(-1, 3, -1)
+            values[rows] = picture.gather(2, where).transpose(1, 2)
+
+        coords = (torch.stack([x, y], dim=-1) * 2 + 1) / resolution[:, None, None] - 1
+        return Queries(coords, self._view(resolution, cell.shape[1])), values
+
+    def nll(self, observed: Tensor, values: Tensor) -> Float[Tensor, " batch"]:
+        """Laplace likelihood of unit scale: the mean absolute error, as in the published training code."""
+        return (observed - values).abs().mean(dim=(1, 2))
+
+    def render(
+        self, field: Field, resolution: int, *, chunk_points: int = 1 << 16
+    ) -> Float[Tensor, "batch 3 resolution resolution"]:
+        """Pictures in [0, 1]. `chunk_points` bounds the memory: points of the whole batch evaluated at once."""
+        centres = pixel_centres(resolution, field.device)
+        pictures = torch.empty(len(field), 3, resolution, resolution, device=field.device)
+        rows = max(1, chunk_points // (resolution * len(field)))
+        columns = max(1, chunk_points // len(field)) if rows == 1 else resolution
+        scale = torch.full((len(field),), resolution, device=field.device)
+        for top in range(0, resolution, rows):
+            for left in range(0, resolution, columns):
+                y, x = torch.meshgrid(centres[top : top + rows], centres[left : left + columns], indexing="ij")
+                coords = torch.stack([x, y], dim=-1).view(1, -1, 2).expand(len(field), -1, -1)
+                values = field(coords, self._view(scale, coords.shape[1]))
+                pictures[:, :, top : top + rows, left : left + columns] = (
+                    values.transpose(1, 2).unflatten(2, y.shape).add(1).mul(0.5).clamp(0, 1)
+                )
+        return pictures
+
+    def save(self, rendered: Float[Tensor, "3 height width"], path: Path) -> None:
+        """Write one picture as PNG (or whatever the suffix names)."""
+        pixels = (rendered.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        PillowImage.fromarray(pixels).save(path)
+
+    def _view(self, resolution: Tensor, points: int) -> Float[Tensor, "batch points 1"]:
+        """log2 of the pixel pitch relative to the base's, held at the finest one trained on."""
+        finest = max(self.resolutions)
+        scale = (resolution.clamp(max=finest) / self.size).log2()
+        return scale[:, None, None].expand(-1, points, 1)
+
+
+def decode_image(record: Record, max_pixels: int) -> UInt8[Tensor, "3 height width"]:
+    """The picture of a record as 8-bit RGB. Raises ValueError naming the key when it cannot be decoded."""
+    suffix = next((s for s in _SUFFIXES if s in record), None)
+    if suffix is None:
+        raise ValueError(f"{record['__key__']}: no picture; expected one of {', '.join(_SUFFIXES)} in the shard")
+    try:
+        with PillowImage.open(io.BytesIO(record[suffix])) as picture:
+            if picture.width * picture.height > max_pixels:
+                raise ValueError(f"{picture.width} x {picture.height} pixels, above domain.max_pixels={max_pixels}")
+            pixels = np.array(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, PillowImage.DecompressionBombError) as error:
+        raise ValueError(f"{record['__key__']}.{suffix}: cannot be decoded: {error}") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def resize_area(
+    pixels: UInt8[Tensor, "batch 3 height width"], size: int
+) -> Float[Tensor, "batch 3 size size"]:
+    """Reduce 8-bit pictures to `size` pixels (antialiased bicubic) and map them to [-1, 1]; never enlarges."""
+    assert size <= pixels.shape[-1]
+    pictures = _to_unit(pixels)
+    if size == pixels.shape[-1] or len(pixels) == 0:
+        return pictures[..., :size, :size]
+    return F.interpolate(pictures, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def _to_unit(pixels: Tensor) -> Tensor:
+    return pixels.to(torch.float32).mul_(2 / 255).sub_(1)

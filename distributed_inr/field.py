@@ -1,0 +1,50 @@
+"""A batch of functions: coordinates in, values out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from distributed_inr.domains.domain import Domain
+
+
+class Field:
+    """A batch of functions from coordinates in [-1, 1]^coord_dim to values.
+
+    Args:
+        function: maps (parameters, coords, view) to values; it is shared by the whole batch.
+        parameters: tensors whose first axis is the batch: what makes one function of the batch differ from another.
+        domain: whose signals these functions are; used only by `render`.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], parameters: tuple[Tensor, ...], domain: Domain) -> None:
+        self.function, self.parameters, self.domain = function, parameters, domain
+
+    def __call__(
+        self,
+        coords: Float[Tensor, "batch points coord_dim"],
+        view: Float[Tensor, "batch points view_dim"] | None = None,
+    ) -> Float[Tensor, "batch points value_dim"]:
+        """Values at coordinates. `view` is what the measurement knows beside the place (pixel pitch, view direction)."""
+        return self.function(self.parameters, coords, view)
+
+    def __getitem__(self, index: int | slice | Tensor) -> Field:
+        """The functions at `index`, still a batch (an integer gives a batch of one)."""
+        index = slice(index, index + 1 or None) if isinstance(index, int) else index
+        return Field(self.function, tuple(p[index] for p in self.parameters), self.domain)
+
+    def __len__(self) -> int:
+        return len(self.parameters[0])
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameters[0].device
+
+    def render(self, resolution: int, **view: Any) -> Tensor:
+        """What the domain's sensor sees of each function, at any resolution (`Domain.render`)."""
+        return self.domain.render(self, resolution, **view)
