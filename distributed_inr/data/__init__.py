@@ -1,0 +1,1 @@
+"""The data's way: raw files -> shards -> order -> signals."""

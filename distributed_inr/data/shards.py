@@ -1,0 +1,391 @@
+"""Shards: ordinary webdataset tars, an `index.json` of the set, and per shard a side index for reading by offset.
+
+    set/  000000.tar  000000.tar.idx  000001.tar  000001.tar.idx ...  index.json
+
+The side index holds offset, size and crc32 of every member, so that any sample of any shard is read with one seek and
+checked, without unpacking anything. Sets made by others (tars only) are indexed when they are first seen.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from braceexpand import braceexpand
+
+from distributed_inr.data import storage
+from distributed_inr.data.cache import Cache, changed
+from distributed_inr.data.side_index import MEMBER_NAME, SIDE_SUFFIX, SideIndex
+from distributed_inr.domains.domain import Record
+
+INDEX_NAME = "index.json"
+FORMAT_VERSION = 1
+
+# A shard whose content is below this is hashed when a run starts; larger local sets are checked by size, and by crc32 as read.
+_HASH_AT_START_BYTES = 256 * 2**20
+_MAX_SAMPLE_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar of a set."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    folder: str
+
+    @property
+    def url(self) -> str:
+        return self.name if self.name.startswith("pipe:") else storage.join(self.folder, self.name)
+
+    @property
+    def is_local(self) -> bool:
+        return storage.is_local(self.url)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """A set of shards: what `index.json` says."""
+
+    shards: tuple[Shard, ...]
+    domain: str | None = None
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the contents and their order, not the place: runs refuse to resume on another set."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(f"{shard.samples} {shard.sha256}\n".encode())
+        return digest.hexdigest()
+
+    def to_json(self) -> str:
+        names = ("name", "samples", "bytes", "sha256")
+        lines = ",\n".join("  " + json.dumps({name: getattr(s, name) for name in names}) for s in self.shards)
+        head = {
+            "version": FORMAT_VERSION,
+            "domain": self.domain,
+            "protocol": dict(self.protocol),
+            "fingerprint": self.fingerprint,
+            "samples": self.num_samples,
+        }
+        return json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n{lines}\n ]\n}}\n'
+
+    def check(self) -> None:
+        """Refuse a set whose shards are missing or changed; contents of large sets are checked as they are read."""
+        for folder in sorted({shard.folder for shard in self.shards}):
+            if folder.startswith(("http:", "https:")):
+                continue  # servers need not list; a missing shard shows when it is fetched
+            shards = [shard for shard in self.shards if shard.folder == folder and not shard.name.startswith("pipe:")]
+            files = storage.list_files(folder)
+            missing = [shard.name for shard in shards if shard.name not in files]
+            if missing:
+                raise ValueError(
+                    f"{folder}: {len(missing)} of {len(shards)} shards are missing, first {missing[0]}; "
+                    "restore them or prepare the set again"
+                )
+            for shard in shards:
+                if files[shard.name] != shard.bytes:
+                    raise ValueError(
+                        f"shard {shard.url} has {files[shard.name]} bytes, its index says {shard.bytes}: it was changed or "
+                        "cut short; restore it or prepare the set again"
+                    )
+        if self.num_bytes <= _HASH_AT_START_BYTES:
+            for shard in self.shards:
+                if shard.is_local:
+                    check_sha256(shard)
+
+
+def check_sha256(shard: Shard) -> None:
+    found = storage.sha256_of(Path(shard.url))
+    if found != shard.sha256:
+        raise ValueError(changed(shard.url, found, shard.sha256))
+
+
+class OpenShard:
+    """One shard on the local disk, open for reading by sample number."""
+
+    def __init__(self, shard: Shard, cache: Cache) -> None:
+        self.shard = shard
+        path, self._file = cache.open(shard.url, shard.sha256)
+        self.side = cache.side_index(path, wanted=lambda side: side.sha256 == shard.sha256)
+        if self.side.sha256 != shard.sha256 or len(self.side) != shard.samples:
+            self._file.close()
+            raise ValueError(changed(shard.url, self.side.sha256, shard.sha256))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self.side)
+
+    def record(self, sample: int) -> Record:
+        """The sample's members, each checked by crc32."""
+        side = self.side
+        record: Record = {"__key__": side.key(sample)}
+        for offset, size, crc32, suffix in side.members[side.first[sample] : side.first[sample + 1]].tolist():
+            if size > _MAX_SAMPLE_BYTES:
+                raise ValueError(
+                    f"{record['__key__']}: {size} bytes, more than a sample may have ({_MAX_SAMPLE_BYTES})"
+                )
+            content = os.pread(self._file.fileno(), size, offset)
+            if zlib.crc32(content) != crc32:
+                raise ShardDamaged(
+                    f"shard {self.shard.url}: {record['__key__']}.{side.suffixes[suffix]} differs from its index (crc32): the "
+                    "shard was changed or damaged; restore it or prepare the set again"
+                )
+            record[side.suffixes[suffix]] = content
+        return record
+
+
+class ShardDamaged(ValueError):
+    """The bytes of a shard are not those that were indexed: the run stops, since any other sample may be wrong too."""
+
+
+def load_index(url: str, *, cache: Cache | None = None, allow_pipe: bool = False) -> ShardIndex:
+    """Find a set of shards: a folder, a tar, a pattern with * or ?, or braces; local, s3://, gs:// or http(s)://.
+
+    A folder's `index.json` is believed (see `ShardIndex.check`); tars without one are indexed now, which reads them whole:
+    the side indexes are kept beside them, or in the cache where the folder cannot be written.
+    """
+    cache = cache or Cache("~/.cache/distributed_inr/shards", gib=16.0, allow_pipe=allow_pipe)
+    storage.check_url(url, allow_pipe=allow_pipe)
+    urls = [url] if url.startswith("pipe:") else list(braceexpand(url)) if "{" in url else [url]
+    if any(c in url for c in "*?") and not url.startswith("pipe:"):
+        urls = [match for pattern in urls for match in storage.expand_glob(pattern)]
+    parts: list[ShardIndex] = []
+    tars: dict[str, list[str]] = {}
+    for address in urls:
+        if address.startswith("pipe:"):
+            parts.append(ShardIndex((_foreign_shard("", address, cache),)))
+        elif address.endswith(".tar"):
+            folder, name = storage.split(address)
+            tars.setdefault(folder, []).append(name)
+        elif re.search(r"\.(tgz|tar\.\w+)$", address):
+            raise ValueError(f"{address} is compressed, so it cannot be read by offset; decompress it to a .tar")
+        else:
+            parts.append(_load_folder(address, cache))
+    parts += [_load_tars(folder, names, cache) for folder, names in tars.items()]
+    shards = tuple(shard for part in parts for shard in part.shards)
+    if not shards:
+        raise ValueError(
+            f"{url}: no shards there; give a folder with {INDEX_NAME} or .tar files (see jobs/prepare_data.py)"
+        )
+    domains = {part.domain for part in parts if part.domain is not None}
+    if len(domains) > 1:
+        raise ValueError(
+            f"{url} mixes sets of different domains: {', '.join(sorted(domains))}; give them to separate runs"
+        )
+    return ShardIndex(shards, domain=next(iter(domains), None), protocol=parts[0].protocol if len(parts) == 1 else {})
+
+
+def read_index(folder: str) -> ShardIndex | None:
+    """What a folder's `index.json` says, or None without one."""
+    url = storage.join(folder, INDEX_NAME)
+    content = storage.read_bytes(url)
+    if content is None:
+        return None
+    try:
+        tree = json.loads(content)
+        if tree["version"] != FORMAT_VERSION:
+            raise ValueError(f"version {tree['version']}, this program reads {FORMAT_VERSION}")
+        for item in tree["shards"]:
+            if (
+                "/" in item["name"]
+                or storage.split(item["name"])[1] in ("", "..")
+                or not storage.is_local(item["name"])
+            ):
+                raise ValueError(f"shard name {item['name']!r} is not a plain file name")
+        shards = tuple(Shard(s["name"], s["samples"], s["bytes"], s["sha256"], folder) for s in tree["shards"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{url} cannot be read: {error}; prepare the set again") from None
+    index = ShardIndex(shards, domain=tree.get("domain"), protocol=tree.get("protocol", {}))
+    if index.fingerprint != tree.get("fingerprint"):
+        raise ValueError(
+            f"{url} was edited or cut short: its fingerprint does not fit its shards; prepare the set again"
+        )
+    if index.num_samples == 0:
+        raise ValueError(f"{folder} holds no samples; prepare the set again")
+    return index
+
+
+class ShardWriter:
+    """Writes records as shards of at most `shard_bytes` bytes and `shard_samples` samples.
+
+    A shard appears when it is complete, `index.json` last. Opened again on an unfinished folder it goes on after the last
+    complete shard: skip the records whose keys are in `done`. Equal records give equal bytes.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        domain: str,
+        protocol: Mapping[str, Any],
+        shard_bytes: int = 256 * 2**20,
+        shard_samples: int = 10_000,
+        prefix: str = "",
+    ) -> None:
+        self.folder, self.prefix = str(folder), prefix
+        self._domain, self._protocol = domain, dict(protocol)
+        self._shard_bytes, self._shard_samples = shard_bytes, shard_samples
+        self._staging: tempfile.TemporaryDirectory[str] | None = None
+        self._tar: Any = None
+        self._bytes = self._samples = 0
+        try:
+            if storage.is_local(self.folder):
+                os.makedirs(self.folder, exist_ok=True)
+                for leftover in Path(self.folder).glob(f".{prefix}*.part"):
+                    leftover.unlink()
+            else:
+                self._staging = tempfile.TemporaryDirectory()
+            self.shards, sides = self._complete_shards()
+            self.done = frozenset(side.key(i) for side in sides for i in range(len(side)))
+        except OSError as error:
+            raise storage.explain(error, self.folder) from error
+
+    def write(self, record: Record) -> None:
+        """Append one record: "__key__" and the members' bytes by suffix."""
+        key = record["__key__"]
+        if MEMBER_NAME.match(f"{key}.x") is None or key.startswith("/") or ".." in key.split("/"):
+            raise ValueError(f"key {key!r} cannot name a member: no dot in its last part, not absolute, no '..'")
+        size = sum(1024 + -(-len(value) // 512) * 512 for name, value in record.items() if name != "__key__")
+        if self._tar is not None and (
+            self._samples >= self._shard_samples or self._bytes + size + 10240 > self._shard_bytes
+        ):
+            self._finish_shard()
+        try:
+            if self._tar is None:
+                self._open_shard()
+            self._tar.write({name: value for name, value in record.items() if name == "__key__" or name[0] != "_"})
+        except OSError as error:
+            self.abandon()
+            raise storage.explain(error, self.folder) from error
+        self._bytes += size
+        self._samples += 1
+
+    def close(self, *, write_index: bool = True) -> ShardIndex:
+        """Finish the last shard and, unless several writers share the folder, write `index.json`."""
+        if self._tar is not None:
+            self._finish_shard()
+        index = ShardIndex(tuple(self.shards), domain=self._domain, protocol=self._protocol)
+        if write_index:
+            if not self.shards:
+                raise ValueError(
+                    f"{self.folder}: no samples were written, so there is no set; check the source and filters"
+                )
+            try:
+                storage.write_atomic(storage.join(self.folder, INDEX_NAME), index.to_json().encode())
+            except OSError as error:
+                raise storage.explain(error, self.folder) from error
+        if self._staging is not None:
+            self._staging.cleanup()
+        return index
+
+    def abandon(self) -> None:
+        """Drop the unfinished shard; the complete ones stay for the next attempt."""
+        if self._tar is not None:
+            self._tar = None
+            self._file.close()
+            self._part.unlink(missing_ok=True)
+
+    def _open_shard(self) -> None:
+        from webdataset.writer import TarWriter
+
+        self._name = f"{self.prefix}{len(self.shards):06d}.tar"
+        self._part = Path(self._staging.name if self._staging else self.folder) / f".{self._name}.part"
+        self._file = open(self._part, "wb")  # noqa: SIM115  closed when the shard is finished
+        self._tar = TarWriter(self._file, encoder=False, mtime=0)
+        self._bytes = self._samples = 0
+
+    def _finish_shard(self) -> None:
+        try:
+            self._tar.close()
+            self._tar = None
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            side = SideIndex.build(self._part)
+            assert len(side) == self._samples, "records with equal keys followed one another"
+            url = storage.join(self.folder, self._name)
+            storage.publish(self._part, url)
+            storage.write_atomic(url + SIDE_SUFFIX, side.to_bytes())
+        except OSError as error:
+            self.abandon()
+            raise storage.explain(error, self.folder) from error
+        self.shards.append(Shard(self._name, len(side), side.bytes, side.sha256, self.folder))
+
+    def _complete_shards(self) -> tuple[list[Shard], list[SideIndex]]:
+        """The run of complete shards that an earlier, interrupted writer has left."""
+        files, shards, sides = storage.list_files(self.folder), [], []
+        while (name := f"{self.prefix}{len(shards):06d}.tar") in files and name + SIDE_SUFFIX in files:
+            side = SideIndex.from_bytes(storage.read_bytes(storage.join(self.folder, name + SIDE_SUFFIX)) or b"")
+            if side is None or side.bytes != files[name]:
+                break
+            shards.append(Shard(name, len(side), side.bytes, side.sha256, self.folder))
+            sides.append(side)
+        return shards, sides
+
+
+def write_index(folder: str | Path, *, domain: str, protocol: Mapping[str, Any]) -> ShardIndex:
+    """Write `index.json` over all complete shards of a folder, sorted by name: after several writers with own prefixes."""
+    files, shards = storage.list_files(str(folder)), []
+    for name in sorted(files):
+        if name.endswith(".tar") and name + SIDE_SUFFIX in files:
+            side = SideIndex.from_bytes(storage.read_bytes(storage.join(str(folder), name + SIDE_SUFFIX)) or b"")
+            assert side is not None and side.bytes == files[name], f"{name} is not complete"
+            shards.append(Shard(name, len(side), side.bytes, side.sha256, str(folder)))
+    index = ShardIndex(tuple(shards), domain=domain, protocol=dict(protocol))
+    storage.write_atomic(storage.join(str(folder), INDEX_NAME), index.to_json().encode())
+    return index
+
+
+def _load_folder(folder: str, cache: Cache) -> ShardIndex:
+    index = read_index(folder)
+    if index is not None:
+        return index
+    names = sorted(name for name in storage.list_files(folder) if name.endswith(".tar") and not name.startswith("."))
+    if not names:
+        raise ValueError(
+            f"{folder}: no {INDEX_NAME} and no .tar files there; check the path, or make shards with jobs/prepare_data.py"
+        )
+    return ShardIndex(tuple(_foreign_shard(folder, name, cache) for name in names))
+
+
+def _load_tars(folder: str, names: Sequence[str], cache: Cache) -> ShardIndex:
+    """Some tars of a folder, by name: from its `index.json` where that lists them."""
+    index = read_index(folder)
+    listed = {shard.name: shard for shard in index.shards} if index else {}
+    shards = tuple(listed.get(name) or _foreign_shard(folder, name, cache) for name in names)
+    return ShardIndex(shards, domain=index.domain if index else None, protocol=index.protocol if index else {})
+
+
+def _foreign_shard(folder: str, name: str, cache: Cache) -> Shard:
+    """A tar that no `index.json` lists: its own side index tells, and is made now where there is none."""
+    url = name if name.startswith("pipe:") else storage.join(folder, name)
+    if storage.is_local(url):
+        path = Path(url)
+        if not path.exists():
+            raise ValueError(f"shard {url} is missing; restore it or correct the numbers in the braces")
+        size = path.stat().st_size
+        side = cache.side_index(path, wanted=lambda side: side.bytes == size)
+    else:
+        side = cache.foreign_side_index(url)
+    return Shard(name, len(side), side.bytes, side.sha256, folder)

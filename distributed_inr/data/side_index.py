@@ -1,0 +1,155 @@
+"""The side index of a shard: where each member of a tar lies, and its crc32, for reading samples by offset."""
+
+import collections
+import hashlib
+import json
+import logging
+import os
+import re
+import struct
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+SIDE_SUFFIX = ".idx"
+MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
+"""webdataset's rule: the key, then the suffix after the first dot of the last part."""
+
+_MAGIC = b"DINRIDX1"
+_HEADER = struct.Struct("<8s32sQQQQI")  # magic, sha256 and bytes of the tar, samples, members, bytes of names, crc32
+_MEMBER = np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u4"), ("suffix", "<u4")])
+
+
+@dataclass(frozen=True)
+class SideIndex:
+    """Where the members of one tar lie.
+
+    Attributes:
+        sha256, bytes: of the tar.
+        first: [samples + 1] number of each sample's first member.
+        members: [members] offset, size, crc32 and number of the suffix.
+        key_ends: [samples] where each key ends in `keys`.
+    """
+
+    sha256: str
+    bytes: int
+    first: np.ndarray
+    members: np.ndarray
+    key_ends: np.ndarray
+    keys: bytes
+    suffixes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.key_ends)
+
+    def key(self, sample: int) -> str:
+        start = int(self.key_ends[sample - 1]) if sample else 0
+        return self.keys[start : int(self.key_ends[sample])].decode()
+
+    @staticmethod
+    def build(path: Path) -> "SideIndex":
+        """Index a tar. Links, devices and names that point outside are passed over; a cut tar is indexed up to the cut."""
+        keys: list[str] = []
+        first: list[int] = [0]
+        members: list[tuple[int, int, int, int]] = []
+        suffixes: dict[str, int] = {}
+        seen: set[str] = set()
+        ignored: collections.Counter[str] = collections.Counter()
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.tell()
+            for name, offset, length in _members(path, size, ignored):
+                match = MEMBER_NAME.match(name)
+                if match is None:
+                    ignored["name without a suffix"] += 1
+                    continue
+                key, suffix = match.group(1), match.group(2).lower()
+                if not keys or key != keys[-1]:
+                    if keys:
+                        first.append(len(members))
+                    keys.append(key)
+                    seen.clear()
+                if suffix in seen:
+                    raise ValueError(
+                        f"shard {path}: two members {name!r}; a sample's suffixes must differ, pack it again"
+                    )
+                seen.add(suffix)
+                crc32 = zlib.crc32(os.pread(file.fileno(), length, offset))
+                members.append((offset, length, crc32, suffixes.setdefault(suffix, len(suffixes))))
+        first.append(len(members))
+        for reason, count in ignored.items():
+            logger.warning("shard %s: %d members passed over: %s", path, count, reason)
+        if not keys:
+            raise ValueError(f"shard {path} holds no samples; remove it or pack it again as <key>.<suffix> members")
+        encoded = [key.encode() for key in keys]
+        return SideIndex(
+            sha256=sha256,
+            bytes=size,
+            first=np.array(first, dtype="<u4"),
+            members=np.array(members, dtype=_MEMBER),
+            key_ends=np.cumsum([len(key) for key in encoded]).astype("<u4"),
+            keys=b"".join(encoded),
+            suffixes=tuple(suffixes),
+        )
+
+    def to_bytes(self) -> bytes:
+        names = json.dumps(self.suffixes).encode() + b"\0" + self.keys
+        body = self.first.tobytes() + self.members.tobytes() + self.key_ends.tobytes() + names
+        sizes = (self.bytes, len(self), len(self.members), len(names))
+        return _HEADER.pack(_MAGIC, bytes.fromhex(self.sha256), *sizes, zlib.crc32(body)) + body
+
+    @staticmethod
+    def from_bytes(content: bytes) -> "SideIndex | None":
+        """The side index, or None when it is torn, damaged or of another version."""
+        if len(content) < _HEADER.size:
+            return None
+        magic, sha256, size, samples, count, num_names, crc32 = _HEADER.unpack_from(content)
+        body = memoryview(content)[_HEADER.size :]
+        lengths = [4 * (samples + 1), _MEMBER.itemsize * count, 4 * samples, num_names]
+        if magic != _MAGIC or len(body) != sum(lengths) or zlib.crc32(body) != crc32:
+            return None
+        ends = np.cumsum(lengths)
+        names = bytes(body[ends[2] :])
+        suffixes, _, keys = names.partition(b"\0")
+        return SideIndex(
+            sha256=sha256.hex(),
+            bytes=size,
+            first=np.frombuffer(body[: ends[0]], dtype="<u4"),
+            members=np.frombuffer(body[ends[0] : ends[1]], dtype=_MEMBER),
+            key_ends=np.frombuffer(body[ends[1] : ends[2]], dtype="<u4"),
+            keys=keys,
+            suffixes=tuple(json.loads(suffixes)),
+        )
+
+
+def _members(path: Path, size: int, ignored: collections.Counter[str]) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and length of the regular members of a tar, in order; nothing is unpacked."""
+    end = 0
+    try:
+        with tarfile.open(path, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # tarfile would keep every header
+                if member.offset_data + member.size > size:
+                    break
+                end = member.offset_data + -(-member.size // 512) * 512
+                if not member.isreg() or member.issparse():
+                    ignored["not a regular file"] += 1
+                elif member.name.startswith("/") or ".." in member.name.split("/"):
+                    ignored["name that points outside"] += 1
+                elif not re.match(r"__[^/]*__($|/)", member.name):
+                    yield member.name, member.offset_data, member.size
+    except tarfile.ReadError as error:
+        if end == 0:
+            raise ValueError(f"{path} is not an uncompressed tar ({error}); decompress it or pack it again") from None
+    with open(path, "rb") as file:
+        file.seek(end)
+        if file.read(512).strip(b"\0") or size < end + 512:
+            logger.warning(
+                "shard %s is cut short or damaged after byte %d; the samples before that are used", path, end
+            )

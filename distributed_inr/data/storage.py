@@ -1,0 +1,170 @@
+"""Where shards lie: local paths, and object stores and web servers through fsspec."""
+
+import errno
+import glob
+import hashlib
+import ipaddress
+import logging
+import os
+import re
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+logger = logging.getLogger(__name__)
+
+_SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "hf", "http", "https", "memory")
+_ATTEMPTS = 4
+
+
+def check_url(url: str, *, allow_pipe: bool = False) -> None:
+    """Refuse addresses that would run a command or reach a machine's metadata service."""
+    if url.startswith("pipe:"):
+        if not allow_pipe:
+            raise ValueError(f"{url!r} would run a command in a shell; set data.allow_pipe=true if you trust it")
+        return
+    if is_local(url):
+        return
+    parts = urlsplit(url)
+    if parts.scheme not in _SCHEMES:
+        raise ValueError(f"{url!r}: unknown kind of address {parts.scheme!r}; use a local path or one of {_SCHEMES}")
+    host = parts.hostname or ""
+    try:
+        link_local = ipaddress.ip_address(host).is_link_local
+    except ValueError:
+        link_local = host.startswith("metadata.")
+    if link_local:
+        raise ValueError(f"{url!r} is a machine's own metadata service; shards are never read from there")
+
+
+def is_local(url: str) -> bool:
+    return re.match(r"[a-z][a-z0-9+.-]*:", url) is None
+
+
+def join(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}" if folder else name
+
+
+def split(url: str) -> tuple[str, str]:
+    """Folder and name of an address."""
+    folder, _, name = url.rpartition("/")
+    return folder or ("/" if url.startswith("/") else "."), name
+
+
+def list_files(folder: str) -> dict[str, int]:
+    """Names and sizes in bytes of the files of a folder; empty when there is no such folder."""
+    if is_local(folder):
+        if not os.path.isdir(folder):
+            return {}
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    filesystem, path = _filesystem(folder)
+    try:
+        entries = filesystem.ls(path, detail=True)
+    except FileNotFoundError:
+        return {}
+    return {e["name"].rstrip("/").rpartition("/")[2]: int(e["size"] or 0) for e in entries if e["type"] == "file"}
+
+
+def read_bytes(url: str) -> bytes | None:
+    """The contents of a small file, or None when there is none."""
+    try:
+        if is_local(url):
+            return Path(url).read_bytes()
+        filesystem, path = _filesystem(url)
+        return _retry(url, lambda: filesystem.cat_file(path))
+    except FileNotFoundError:
+        return None
+
+
+def expand_glob(url: str) -> list[str]:
+    """The addresses that a pattern with * or ? stands for, sorted."""
+    if is_local(url):
+        return sorted(glob.glob(url))
+    filesystem, path = _filesystem(url)
+    scheme = urlsplit(url).scheme
+    return sorted(p if "://" in p else f"{scheme}://{p.lstrip('/')}" for p in filesystem.glob(path))
+
+
+def publish(source: Path, url: str) -> None:
+    """Move a finished local file to its place: at once or not at all."""
+    if is_local(url):
+        os.replace(source, url)
+    else:
+        filesystem, path = _filesystem(url)
+        _retry(url, lambda: filesystem.put_file(str(source), path))
+        source.unlink()
+
+
+def write_atomic(url: str, content: bytes) -> None:
+    """Write a small file at once or not at all."""
+    folder = split(url)[0] if is_local(url) else None
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.unlink(file.name)
+            raise
+    os.chmod(file.name, 0o644)
+    publish(Path(file.name), url)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def explain(error: OSError, folder: str) -> ValueError:
+    """One line for a user from an error of the file system."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ValueError(f"no space left in {folder}; free some and run the same command again, which continues")
+    return ValueError(f"cannot write to {folder}: {error.strerror or error}; choose another place or its rights")
+
+
+def download(url: str, file: BinaryIO) -> None:
+    """Write the whole contents of `url` to `file`. Raises FileNotFoundError when there is none."""
+    _retry(url, lambda: _copy(url, file))
+
+
+def _copy(url: str, file: BinaryIO) -> None:
+    file.seek(0)
+    file.truncate()
+    if url.startswith("pipe:"):
+        subprocess.run(url.removeprefix("pipe:"), shell=True, stdout=file, check=True)
+        return
+    filesystem, path = _filesystem(url)
+    with filesystem.open(path, "rb") as source:
+        while block := source.read(1 << 20):
+            file.write(block)
+    file.flush()
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    check_url(url)
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise ValueError(f"{url}: {error}") from None
+
+
+def _retry(url: str, action: Any) -> Any:
+    """Object stores fail now and then: try again after 0.5, 1 and 2 s. A missing file or a full disk is final."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each fsspec implementation has its own errors
+            if attempt == _ATTEMPTS - 1 or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    raise
+                raise ValueError(f"{url} cannot be reached: {error}; tried {_ATTEMPTS} times") from error
+            logger.warning("%s: %s; trying again", url, error)
+            time.sleep(0.5 * 2**attempt)
