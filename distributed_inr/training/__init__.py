@@ -1,0 +1,1 @@
+"""Training: engines, checkpoints and the loop."""

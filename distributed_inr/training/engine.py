@@ -1,0 +1,437 @@
+"""Engines: DeepSpeed (ZeRO 0-3) or Accelerate (one process or DDP) around one module, equal to a plain PyTorch loop.
+
+Everything that training does with the module goes through `Engine.forward`, because calling a sub-method of a wrapped
+module skips gradient synchronisation. Weights are float32 always; bfloat16 is `torch.autocast`.
+"""
+
+import contextlib
+import functools
+import logging
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from distributed_inr.config import config
+from distributed_inr.domains.domain import Signal
+from distributed_inr.training.fragments import BUCKET, Fragment, is_first, sum_over_ranks
+
+logger = logging.getLogger(__name__)
+
+
+@config
+class Scale:
+    """Where and how the training runs: none of it changes the result beyond rounding."""
+
+    num_workers: PositiveInt | None = None
+    """Training processes. none: one for each GPU, or two on a CPU."""
+    engine: Literal["deepspeed", "accelerate"] = "deepspeed"
+    """deepspeed: ZeRO. accelerate: one process or plain data parallelism, for machines without DeepSpeed."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed divides among the workers: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the forward pass; weights are float32 always. auto: bfloat16 on a GPU, float32 on a CPU."""
+    activation_checkpointing: bool = False
+    """Recompute the model's blocks (members of its outermost module lists) in the backward pass: saves memory."""
+    compile: bool = False
+    """Compile the model with torch.compile. Where no C++ compiler is found, a warning and no compilation."""
+    launcher: Literal["ray", "none"] = "ray"
+    """ray: Ray Train starts the workers. none: one worker in the calling process (debugging, notebooks)."""
+    max_failures: NonNegativeInt = 3
+    """Times that Ray restarts the workers from the newest checkpoint before it gives up."""
+    num_threads: PositiveInt | None = None
+    """Threads of each worker on a CPU. none: the machine's cores divided by the workers."""
+    timeout_seconds: PositiveInt = 600
+    """Time after which a worker that waits for the others gives up."""
+
+    def __post_init__(self) -> None:
+        if self.compile and self.engine == "deepspeed" and self.zero_stage == 3:
+            raise ValueError(
+                "compile=True does not work with zero_stage=3, whose weights come and go between layers; "
+                "use zero_stage=2 or compile=False"
+            )
+        if self.launcher == "none" and self.num_workers not in (None, 1):
+            raise ValueError(f"num_workers={self.num_workers} needs launcher='ray'; launcher='none' runs one worker")
+
+
+@config
+class Optim:
+    """AdamW and its schedule. Lengths are in samples seen, so they do not move with batch size or workers."""
+
+    lr: PositiveFloat = 1e-4
+    """Learning rate after the warm-up."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square, a step."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's weight decay, on every parameter."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """cosine: falls to zero at the end of the run."""
+    warmup_samples: NonNegativeInt = 0
+    """Samples over which the learning rate rises linearly from zero."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients with a larger global norm are scaled down to it. none: never."""
+
+    def learning_rate(self, samples: int, *, batch_size: int, num_samples: int) -> float:
+        """The rate of the step that takes the run from `samples` to `samples + batch_size` seen, of `num_samples`."""
+        warmup = min(1.0, (samples + batch_size) / self.warmup_samples) if self.warmup_samples else 1.0
+        if self.schedule == "constant":
+            return self.lr * warmup
+        progress = max(0, samples - self.warmup_samples) / max(1, num_samples - self.warmup_samples)
+        return self.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+Read = Callable[[str, str, int, int], Tensor]
+"""read(kind, name, start, stop): that part of a flattened tensor; kind is "weight" or the name of a moment."""
+
+
+class Engine(Protocol):
+    """What the loop needs of a training engine. Every rank calls every method, in the same order."""
+
+    device: torch.device
+    steps: int
+    """Optimizer steps made, in this process and before the checkpoint it came from."""
+
+    def forward(self, batch: Signal) -> dict[str, Tensor]:
+        """The wrapped module's weighted losses on a micro-batch. In evaluation, call it under `torch.no_grad`."""
+        ...
+
+    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float) -> dict[str, float] | None:
+        """Add the gradient of a micro-batch's losses; after the last micro-batch of the step, update the weights.
+
+        Returns None; or after an update the means over all ranks' samples, "train/<loss>" and "train/total", and
+        "grad_norm". Raises FloatingPointError, on every rank and before the update, if any of them is not finite.
+        """
+        ...
+
+    def state(self) -> list[Fragment]:
+        """What this rank owns: one fragment (perhaps empty) for each parameter, in the module's order."""
+        ...
+
+    def load(self, read: Read, *, steps: int) -> None:
+        """Set the weights and the optimizer's state, however many ranks wrote them."""
+        ...
+
+    def unwrap(self) -> nn.Module:
+        """The module itself, for its configuration and buffers. Never call it in training."""
+        ...
+
+
+def build_engine(
+    module: nn.Module, *, scale: Scale, optim: Optim, micro_batch_size: int, num_micro_batches: int
+) -> Engine:
+    """Wrap `module` for training with `num_micro_batches` micro-batches a step on each rank."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module.to(device)
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 0:
+            raise ValueError(f"parameter {name} has no dimension, which DeepSpeed cannot send; give it the shape [1]")
+        parameter.data = parameter.data.contiguous()  # fragments are views of flattened parameters
+    if scale.activation_checkpointing:
+        _recompute_blocks(module)
+    if scale.compile and _has_compiler():
+        module.compile()
+    kind = DeepSpeedEngine if scale.engine == "deepspeed" else AccelerateEngine
+    return kind(
+        module, scale=scale, optim=optim, micro_batch_size=micro_batch_size, num_micro_batches=num_micro_batches
+    )
+
+
+class DeepSpeedEngine:
+    """ZeRO: optimizer state (1), gradients (2) and weights (3) divided among the ranks."""
+
+    def __init__(self, module: nn.Module, *, scale: Scale, optim: Optim, micro_batch_size: int, num_micro_batches: int):
+        import deepspeed
+        from deepspeed.utils.logging import set_log_level_from_string
+
+        set_log_level_from_string("error")
+        # DeepSpeed calls collectives by names that torch 2.13 has renamed, and warns at each of them.
+        warnings.filterwarnings("ignore", message=".torch.distributed.* is deprecated", category=FutureWarning)
+        if not torch.cuda.is_available():
+            # Its shared-memory collectives would be compiled at first use: 40 s, and only with a compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if not dist.is_initialized():
+            dist.init_process_group(backend="gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+        self._module, self._stage, self._num_micro_batches = module, scale.zero_stage, num_micro_batches
+        self._pending: list[tuple[dict[str, Tensor], Sequence[str]]] = []
+        self.steps = 0
+        bucket = min(BUCKET, 2 * sum(p.numel() for p in module.parameters()))  # even, as it demands
+        settings = {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": num_micro_batches,
+            "gradient_clipping": optim.max_grad_norm or 0.0,  # its own default is 1
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {
+                "stage": scale.zero_stage,
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
+            },
+        }
+        self._engine, *_ = deepspeed.initialize(
+            model=_Autocast(module, scale), optimizer=_adamw(module, optim), config=settings, dist_init_required=False
+        )
+        self.device = torch.device(self._engine.device)
+        self._adamw = self._engine.basic_optimizer
+        self._fragments = self._hold()
+
+    def forward(self, batch: Signal) -> dict[str, Tensor]:
+        return self._engine(batch)
+
+    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float) -> dict[str, float] | None:
+        self._pending.append((_detach(losses), keys))
+        self._engine.backward(_total(losses))
+        metrics = None
+        if len(self._pending) == self._num_micro_batches:
+            metrics = _agree(self._pending, _squared_norm(self._gradients(), shared=self._stage == 0), self.steps)
+            self._pending.clear()
+            self.steps += 1
+            for group in self._adamw.param_groups:
+                group["lr"] = lr
+        self._engine.step()
+        assert metrics is None or self._engine.was_step_applied()
+        return metrics
+
+    def state(self) -> list[Fragment]:
+        if self._stage == 0:
+            return [f.share(dist.get_rank(), dist.get_world_size()) for f in self._fragments]
+        return self._fragments
+
+    def load(self, read: Read, *, steps: int) -> None:
+        from deepspeed import zero
+
+        parameters = dict(self._module.named_parameters())
+        _load_moments(self._fragments, self._adamw, read, steps)
+        for fragment in self._fragments:
+            parameter, end = parameters[fragment.name], math.prod(fragment.shape)
+            if self._stage == 3:
+                with zero.GatheredParameters([parameter], modifier_rank=0):
+                    if dist.get_rank() == 0:
+                        parameter.data.copy_(read("weight", fragment.name, 0, end).view(fragment.shape))
+            else:
+                whole = read("weight", fragment.name, 0, end)
+                parameter.data.copy_(whole.view(fragment.shape))
+                fragment.weight.copy_(whole[fragment.offset : fragment.offset + fragment.weight.numel()])
+        _load_buffers(self._module, read)
+        self.steps = steps
+
+    def unwrap(self) -> nn.Module:
+        return self._module
+
+    def _gradients(self) -> list[Tensor]:
+        """Of this rank's part of the parameters, averaged over the ranks (stage 0: of all of them)."""
+        if self._stage == 0:
+            return [p.grad for p in self._module.parameters() if p.grad is not None]
+        if self._stage == 3:
+            return [self._engine.optimizer.grad_partitions_flat_buffer]
+        return [gradient for group in self._engine.optimizer.averaged_gradients.values() for gradient in group]
+
+    def _hold(self) -> list[Fragment]:
+        """The part of each parameter whose optimizer state is on this rank."""
+        names = {name: parameter for name, parameter in self._module.named_parameters()}
+        if self._stage == 0:
+            return [_whole(name, p, _moments(self._adamw, p)) for name, p in names.items()]
+        rank, world, zero = dist.get_rank(), dist.get_world_size(), self._engine.optimizer
+        fragments = []
+        for name, p in names.items():
+            if self._stage == 3:
+                shape, size = tuple(p.ds_shape), p.ds_tensor.numel()  # equal parts, the last ones padded
+                start = min(rank * size, p.ds_numel)
+                stop = min(start + size, p.ds_numel)
+                if not p.requires_grad:
+                    fragments.append(Fragment(name, shape, start, p.ds_tensor.data[: stop - start]))
+                    continue
+                group, address, _ = zero.grad_position[zero.get_param_id(p)]
+                flat = zero.fp32_partitioned_groups_flat[group]
+            elif not p.requires_grad:
+                fragments.append(_whole(name, p, {}).share(rank, world))
+                continue
+            elif p._hp_mapping is None:  # nothing of it is on this rank
+                fragments.append(Fragment(name, tuple(p.shape), 0, p.data.new_empty(0), _empty_moments(p)))
+                continue
+            else:
+                shape, held = tuple(p.shape), p._hp_mapping
+                start, address = held.lp_fragment_address.start, held.hp_fragment_address.start
+                stop = start + held.lp_fragment_address.numel
+                flat = zero.single_partition_of_fp32_groups[held.param_group_index]
+            part = slice(address, address + stop - start)
+            moments = {key: value[part] for key, value in _moments(self._adamw, flat).items()}
+            fragments.append(Fragment(name, shape, start, flat.data[part], moments))
+        return fragments
+
+
+class AccelerateEngine:
+    """One process, or data parallelism with everything on every rank."""
+
+    def __init__(self, module: nn.Module, *, scale: Scale, optim: Optim, micro_batch_size: int, num_micro_batches: int):
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        self._accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="no",  # autocast is ours, the same under both engines
+            gradient_accumulation_steps=num_micro_batches,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+        self._module, self._max_grad_norm, self._num_micro_batches = module, optim.max_grad_norm, num_micro_batches
+        self._pending: list[tuple[dict[str, Tensor], Sequence[str]]] = []
+        self.steps = 0
+        self._adamw = _adamw(module, optim)
+        self._wrapped = self._accelerator.prepare_model(_Autocast(module, scale))
+        self.device = self._accelerator.device
+        self._fragments = [_whole(name, p, _moments(self._adamw, p)) for name, p in module.named_parameters()]
+
+    def forward(self, batch: Signal) -> dict[str, Tensor]:
+        last = len(self._pending) + 1 == self._num_micro_batches
+        with contextlib.nullcontext() if last else self._accelerator.no_sync(self._wrapped):
+            return self._wrapped(batch)
+
+    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float) -> dict[str, float] | None:
+        self._pending.append((_detach(losses), keys))
+        self._accelerator.backward(_total(losses))  # divides by the number of micro-batches
+        if len(self._pending) < self._num_micro_batches:
+            return None
+        gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
+        metrics = _agree(self._pending, _squared_norm(gradients, shared=True), self.steps)
+        self._pending.clear()
+        self.steps += 1
+        if self._max_grad_norm is not None:
+            norm = torch.tensor(metrics["grad_norm"], device=self.device)
+            nn.utils.clip_grads_with_norm_(self._module.parameters(), self._max_grad_norm, norm)
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step()
+        self._adamw.zero_grad()
+        return metrics
+
+    def state(self) -> list[Fragment]:
+        return [f.share(self._accelerator.process_index, self._accelerator.num_processes) for f in self._fragments]
+
+    def load(self, read: Read, *, steps: int) -> None:
+        _load_moments(self._fragments, self._adamw, read, steps)
+        for fragment in self._fragments:
+            fragment.weight.copy_(read("weight", fragment.name, 0, fragment.weight.numel()))
+        _load_buffers(self._module, read)
+        self.steps = steps
+
+    def unwrap(self) -> nn.Module:
+        return self._module
+
+
+class _Autocast(nn.Module):
+    """What the engines wrap: the module, under autocast where asked; DeepSpeed disables one around its engine."""
+
+    def __init__(self, module: nn.Module, scale: Scale):
+        super().__init__()
+        self.module = module
+        self.device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        self.enabled = scale.precision == "bfloat16" or (scale.precision == "auto" and self.device_type == "cuda")
+        self.cache = scale.zero_stage != 3  # stage 3 frees weights after use, and so must autocast its copies
+
+    def forward(self, batch: Signal) -> dict[str, Tensor]:
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.enabled, cache_enabled=self.cache):
+            return self.module(batch)
+
+
+def _adamw(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trainable, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+
+
+def _moments(adamw: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's running means of a parameter, flattened; created (as AdamW would) where there has been no step yet."""
+    if not parameter.requires_grad:
+        return {}
+    state = adamw.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter.data), torch.zeros_like(parameter.data)
+    return {key: state[key].view(-1) for key in ("exp_avg", "exp_avg_sq")}
+
+
+def _empty_moments(parameter: Tensor) -> dict[str, Tensor]:
+    return {key: parameter.data.new_empty(0) for key in ("exp_avg", "exp_avg_sq")}
+
+
+def _whole(name: str, parameter: Tensor, moments: dict[str, Tensor]) -> Fragment:
+    return Fragment(name, tuple(parameter.shape), 0, parameter.data.view(-1), moments)
+
+
+def _load_moments(fragments: Iterable[Fragment], adamw: torch.optim.AdamW, read: Read, steps: int) -> None:
+    for f in fragments:
+        for key, moment in f.moments.items():
+            moment.copy_(read(key, f.name, f.offset, f.offset + moment.numel()))
+    for state in adamw.state.values():
+        state["step"].fill_(steps)
+
+
+def _load_buffers(module: nn.Module, read: Read) -> None:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, buffer in module.state_dict().items():
+        if name not in parameters:
+            buffer.copy_(read("weight", name, 0, buffer.numel()).view(buffer.shape))
+
+
+def _detach(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def _total(losses: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(losses.values())).sum()
+
+
+def _squared_norm(gradients: list[Tensor], *, shared: bool) -> Tensor:
+    """This rank's part of the squared global norm; shared: every rank has the whole gradient."""
+    squared = nn.utils.get_total_norm(gradients).double().square()
+    return squared / dist.get_world_size() if shared and dist.is_initialized() else squared
+
+
+def _agree(
+    pending: Sequence[tuple[dict[str, Tensor], Sequence[str]]], squared_norm: Tensor, steps: int
+) -> dict[str, float]:
+    """Means of a step's losses over all ranks, and the gradient's norm, in one exchange; all ranks get the same."""
+    names = list(pending[0][0])
+    means = [torch.stack([losses[name] for losses, _ in pending]).double().mean() for name in names]
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    *values, squared = sum_over_ranks(torch.stack([*means, squared_norm])).tolist()
+    metrics = {f"train/{name}": value / world for name, value in zip(names, values, strict=True)}
+    metrics["train/total"] = sum(metrics.values())
+    metrics["grad_norm"] = math.sqrt(squared) if squared >= 0 else squared
+    if all(math.isfinite(value) for value in metrics.values()):
+        return metrics
+
+    suspects = [k for losses, keys in pending for k in keys if not torch.stack(list(losses.values())).isfinite().all()]
+    everyone: list[Any] = [suspects]
+    if dist.is_initialized():
+        everyone = [None] * world
+        dist.all_gather_object(everyone, suspects)
+    keys = [key for part in everyone for key in part]
+    shown = ", ".join(f"{name}={value:.4g}" for name, value in metrics.items())
+    whose = f"samples {', '.join(keys[:16])}" if keys else "all losses are finite; only the gradient is not"
+    raise FloatingPointError(f"step {steps + 1} is not finite and was not applied: {shown}; {whose}")
+
+
+def _recompute_blocks(module: nn.Module) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    lists: list[str] = []
+    for name, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists.append(name)
+            for block in child:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if not lists:
+        logger.warning("scale.activation_checkpointing=True is ignored: %s has no nn.ModuleList", type(module).__name__)
+
+
+def _has_compiler() -> bool:
+    found = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
+    if not found and is_first():
+        logger.warning("scale.compile=True is ignored: no C++ compiler (g++ or clang++) was found; running uncompiled")
+    return found

@@ -1,0 +1,78 @@
+"""Fragments: the part of the parameters that a rank owns, for running averages and checkpoints."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BUCKET = 50_000_000
+"""Elements in one collective of gradients or weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fragment:
+    """The part of one flattened parameter that a rank owns; the ranks' fragments cover each parameter exactly once.
+
+    Attributes:
+        name: the parameter's name in the module.
+        shape: of the whole parameter.
+        offset: where the part starts in the flattened parameter.
+        weight: the float32 weights of the part [length]; a view that stays valid while training. Perhaps empty.
+        moments: AdamW's running means by name, each [length]; views too. Empty for frozen parameters.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    weight: Tensor
+    moments: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def share(self, rank: int, world: int) -> "Fragment":
+        """One of `world` nearly equal parts of this part."""
+        length = self.weight.numel()
+        start, stop = rank * length // world, (rank + 1) * length // world
+        moments = {key: value[start:stop] for key, value in self.moments.items()}
+        return dataclasses.replace(self, offset=self.offset + start, weight=self.weight[start:stop], moments=moments)
+
+
+def average(values: Sequence[Fragment], fragments: Sequence[Fragment], decay: float) -> None:
+    """Move a running average of the weights one step, on this rank's fragments: v = decay v + (1 - decay) w."""
+    pairs = [(v.weight, f.weight) for v, f in zip(values, fragments, strict=True) if f.weight.numel()]
+    if pairs:
+        torch._foreach_lerp_([v for v, _ in pairs], [w for _, w in pairs], 1 - decay)
+
+
+def gather(fragments: Sequence[Fragment]) -> dict[str, Tensor]:
+    """Whole parameters by name from all ranks' fragments, in rank 0's memory; other ranks get an empty dict."""
+    whole: dict[str, Tensor] = {}
+    bucket: list[Fragment] = []
+    for index, fragment in enumerate(fragments):
+        bucket.append(fragment)
+        size = sum(math.prod(f.shape) for f in bucket)
+        if size < BUCKET and index + 1 < len(fragments):
+            continue
+        flat, start = fragment.weight.new_zeros(size), 0
+        for f in bucket:
+            flat[start + f.offset : start + f.offset + f.weight.numel()] = f.weight
+            start += math.prod(f.shape)
+        if dist.is_initialized():
+            dist.reduce(flat, dst=0)
+        if is_first():
+            parts = flat.cpu().split([math.prod(f.shape) for f in bucket])
+            whole |= {f.name: part.view(f.shape).clone() for f, part in zip(bucket, parts, strict=True)}
+        bucket = []
+    return whole
+
+
+def is_first() -> bool:
+    """Whether this process writes the run's files."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
