@@ -1,0 +1,78 @@
+"""Denoising networks of the latent priors."""
+
+from typing import Annotated
+
+import pydantic
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from distributed_inr.config import config
+
+
+@config
+class UNet:
+    """diffusers' 2-D U-Net over latent planes, sized as in the public configs."""
+
+    channels: Annotated[int, pydantic.Field(gt=0)] = 224
+    """Channels of the finest level."""
+    multipliers: tuple[int, ...] = (1, 2, 4, 6)
+    """Channels of each level over `channels`, finest first; every level after the first halves the resolution."""
+    num_blocks: Annotated[int, pydantic.Field(gt=0)] = 2
+    """Residual blocks a level."""
+    attention_from: Annotated[int, pydantic.Field(ge=0)] = 1
+    """First level with self-attention (1: at half the latent's resolution and below)."""
+    head_dim: Annotated[int, pydantic.Field(gt=0)] = 32
+    """Channels of one attention head."""
+    dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
+    """Dropout in the residual blocks. Draws from torch's own generator, so losses then depend on how a batch is split."""
+
+    def __post_init__(self) -> None:
+        for multiplier in self.multipliers:
+            if self.channels * multiplier % self.head_dim:
+                raise ValueError(
+                    f"prior.denoiser.channels={self.channels} times multiplier {multiplier} must be a multiple of "
+                    f"prior.denoiser.head_dim={self.head_dim}; try channels={-(-self.channels // self.head_dim) * self.head_dim}"
+                )
+
+    def build(self, latent_shape: tuple[int, ...], *, checkpointing: bool = False) -> "UNetDenoiser":
+        return UNetDenoiser(self, latent_shape, checkpointing)
+
+
+class UNetDenoiser(nn.Module):
+    """Noisy latent and timestep to the prediction, of the latent's shape."""
+
+    def __init__(self, cfg: UNet, latent_shape: tuple[int, ...], checkpointing: bool) -> None:
+        super().__init__()
+        from diffusers import UNet2DModel
+
+        channels, height, width = latent_shape
+        factor = 2 ** (len(cfg.multipliers) - 1)
+        if height % factor or width % factor:
+            raise ValueError(
+                f"prior.denoiser.multipliers has {len(cfg.multipliers)} levels, which need latents of a multiple of {factor} "
+                f"cells a side; this one has {height} x {width}: use fewer levels"
+            )
+        levels = range(len(cfg.multipliers))
+        kinds = ["Attn" if level >= cfg.attention_from else "" for level in levels]
+        widths = [cfg.channels * m for m in cfg.multipliers]
+        groups = 32
+        while any(width % groups for width in widths):
+            groups //= 2
+        self.unet = UNet2DModel(
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=tuple(widths),
+            layers_per_block=cfg.num_blocks,
+            down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+            up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+            attention_head_dim=cfg.head_dim,
+            norm_num_groups=groups,
+            dropout=cfg.dropout,
+        )
+        if checkpointing:
+            self.unet.enable_gradient_checkpointing()
+
+    def forward(
+        self, noisy: Float[Tensor, "batch channels height width"], timesteps: Int64[Tensor, " batch"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        return self.unet(noisy, timesteps).sample

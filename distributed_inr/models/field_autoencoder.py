@@ -1,0 +1,33 @@
+"""What a field autoencoder is: signals to latents, latents to fields."""
+
+from abc import ABC, abstractmethod
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distributed_inr.domains import Signal
+from distributed_inr.field import Field
+
+
+class FieldAutoencoder(nn.Module, ABC):
+    """Signals to latents and latents to fields; `forward` is the training objective."""
+
+    latent_shape: tuple[int, ...]
+
+    @abstractmethod
+    def forward(self, signal: Signal) -> dict[str, Tensor]:
+        """Weighted scalar losses of a batch, each a mean over its samples; their sum is minimised."""
+
+    @abstractmethod
+    def posterior(
+        self, signal: Signal
+    ) -> tuple[Float[Tensor, "batch *latent_shape"], Float[Tensor, "batch *latent_shape"]]:
+        """Mean and standard deviation of the latent of each signal (deviation 0 where the latent is a point)."""
+
+    @abstractmethod
+    def decode(self, latent: Float[Tensor, "batch *latent_shape"]) -> Field:
+        """The fields that latents stand for."""
+
+    def encode(self, signal: Signal) -> Float[Tensor, "batch *latent_shape"]:
+        """The latent of each signal: the posterior mean."""
+        return self.posterior(signal)[0]
