@@ -7,6 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from distributed_inr.config import config
+from distributed_inr.models.torchvision_cpu import import_torchvision
 
 
 @config
@@ -43,6 +44,7 @@ class UNetDenoiser(nn.Module):
 
     def __init__(self, cfg: UNet, latent_shape: tuple[int, ...], checkpointing: bool) -> None:
         super().__init__()
+        import_torchvision()
         from diffusers import UNet2DModel
 
         channels, height, width = latent_shape

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from distributed_inr.config import config
 from distributed_inr.models.planes import Middle, ResidualBlock, group_norm, recompute
+from distributed_inr.models.torchvision_cpu import import_torchvision
 
 
 @config
@@ -85,8 +86,6 @@ class TimmFeatures(nn.Module):
 
     def __init__(self, cfg: TimmEncoder, out_channels: int, checkpointing: bool) -> None:
         super().__init__()
-        from distributed_inr.models.torchvision_cpu import import_torchvision
-
         import_torchvision()
         import timm
 

@@ -12,6 +12,7 @@ from distributed_inr.config import config
 from distributed_inr.domains import Signal
 from distributed_inr.models.denoisers import UNet
 from distributed_inr.models.latent_prior import LatentPrior, Sampler
+from distributed_inr.models.torchvision_cpu import import_torchvision
 
 
 @config
@@ -86,6 +87,7 @@ class LatentDiffusionModel(LatentPrior):
         return noisy * self.latent_deviation + self.latent_mean
 
     def _scheduler(self, sampler: Sampler) -> Any:
+        import_torchvision()
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
         shared = dict(
