@@ -1,0 +1,82 @@
+"""Experiment: every option of every verb, in one frozen config."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+
+from distributed_inr.config import config
+from distributed_inr.data.reader import Data
+from distributed_inr.domains import AnyDomain
+from distributed_inr.models import AnyAutoencoder, AnyPrior
+from distributed_inr.models.latent_prior import Sampler
+from distributed_inr.training.engine import Scale
+from distributed_inr.training.loop import Training
+
+
+@config
+class Sampling:
+    """How latents are drawn from the trained prior."""
+
+    count: Annotated[int, pydantic.Field(gt=0)] = 16
+    """Samples drawn for the pictures at the end of a run."""
+    sampler: Sampler = "ddim"
+    """Ancestral sampling, DDIM, or DPM-Solver++."""
+    steps: Annotated[int, pydantic.Field(gt=0)] = 50
+    """Network evaluations a sample."""
+    batch_size: Annotated[int, pydantic.Field(gt=0)] = 64
+    """Samples drawn together; changes the memory needed, not the result."""
+
+
+@config
+class Evaluation:
+    """What a finished run is measured by."""
+
+    num_samples: Annotated[int, pydantic.Field(ge=0)] = 256
+    """Samples drawn for the distances between distributions (KID); 0 leaves them out."""
+    max_reconstructions: Annotated[int, pydantic.Field(gt=0)] = 1000
+    """Held-out signals reconstructed at most."""
+    batch_size: Annotated[int, pydantic.Field(gt=0)] = 32
+    """Signals or samples a step."""
+    inception_weights: str | None = None
+    """Path of Inception weights for FID, precision and recall; without it they are left out and said to be."""
+
+
+@config
+class Experiment:
+    """One model, its data and how it is trained, sampled and measured."""
+
+    name: str
+    """Name of the run; with `family` and `output` it makes the run folder <output>/<family>/<name>."""
+    family: Literal["ddmi"] = "ddmi"
+    """Model family."""
+    output: str = "./runs"
+    """Folder, or object store, that holds the run folders; absolute inside a Ray job and on several nodes."""
+    seed: int = 0
+    """Seed of everything random: initial weights, order of the data, noise, samples."""
+    domain: AnyDomain
+    """What the functions are about."""
+    data: Data
+    """Shards to train on and to measure on."""
+    autoencoder: AnyAutoencoder
+    """From signals to latents to fields."""
+    prior: AnyPrior
+    """Distribution over latents."""
+    autoencoder_training: Training
+    """How the autoencoder is fitted."""
+    prior_training: Training
+    """How the prior is fitted."""
+    scale: Scale = Scale()
+    """How the work is spread over processes and nodes."""
+    sampling: Sampling = Sampling()
+    """How samples are drawn."""
+    evaluation: Evaluation = Evaluation()
+    """How the run is measured."""
+
+    def __post_init__(self) -> None:
+        self.autoencoder.check(self.domain)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps everything it makes."""
+        return Path(self.output).expanduser() / self.family / self.name
