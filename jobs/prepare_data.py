@@ -43,6 +43,7 @@ def main() -> None:
                        "given if there, object for views, text if captions are, else fraction)")
     image.add_argument("--val-fraction", type=float, default=0.05, help="held-out fraction, chosen by hash (default: 0.05)")
     image.add_argument("--val-per-class", type=int, help="hold out this many of each class instead")
+    image.add_argument("--split-seed", type=int, default=0, help="another number holds out others (default: 0)")
     image.add_argument("--size", type=int, help="side in pixels; smaller pictures are left out (default: as they are)")
     image.add_argument("--protocol", default="center-crop-lanczos", choices=typing.get_args(pictures.Resize),
                        help="how pictures are brought to --size; recorded in index.json (default: center-crop-lanczos)")
@@ -75,6 +76,7 @@ def make_images(arguments: argparse.Namespace) -> None:
         split=arguments.split,
         val_fraction=arguments.val_fraction,
         val_per_class=arguments.val_per_class,
+        split_seed=arguments.split_seed,
         shape=pictures.Shape(
             size=arguments.size,
             resize=arguments.protocol,

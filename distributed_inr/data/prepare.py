@@ -42,6 +42,7 @@ class Plan:
             one side; fraction splits single pictures; none makes one part; auto takes the strictest that the data allow.
         val_fraction: held-out fraction of captions, objects or pictures, chosen by hash.
         val_per_class: instead, this many of each class.
+        split_seed: another number holds out others.
     """
 
     layout: str = "folder"
@@ -49,6 +50,7 @@ class Plan:
     split: Split = "auto"
     val_fraction: float = 0.05
     val_per_class: int | None = None
+    split_seed: int = 0
     shape: pictures.Shape = field(default_factory=pictures.Shape)
     shard_bytes: int = 256 * 2**20
     shard_samples: int = 10_000
@@ -223,7 +225,7 @@ def _split(found: list[Picture], plan: Plan) -> tuple[str, list[Part]]:
         "object": lambda p: p.unit,
         "fraction": lambda p: p.key,
     }
-    ranks = {name: _rank(name) for name in map(unit[split], found)}
+    ranks = {name: _rank(name, plan.split_seed) for name in map(unit[split], found)}
     if plan.val_per_class is None:
         held_out = {name for name, rank in ranks.items() if rank < plan.val_fraction}
     else:
@@ -240,9 +242,9 @@ def _split(found: list[Picture], plan: Plan) -> tuple[str, list[Part]]:
     return split, ["val" if unit[split](picture) in held_out else "train" for picture in found]
 
 
-def _rank(name: str) -> float:
+def _rank(name: str, seed: int) -> float:
     """A number in [0, 1) that depends on nothing but the name, so that a growing set keeps its split."""
-    return int.from_bytes(hashlib.sha256(f"split/{name}".encode()).digest()[:8]) / 2**64
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) / 2**64
 
 
 def _protocol(plan: Plan, split: str, found: list[Picture], sides: list[Part]) -> dict[str, Any]:

@@ -266,7 +266,8 @@ class ShardWriter:
         key = record["__key__"]
         if MEMBER_NAME.match(f"{key}.x") is None or key.startswith("/") or ".." in key.split("/"):
             raise ValueError(f"key {key!r} cannot name a member: no dot in its last part, not absolute, no '..'")
-        size = sum(1024 + -(-len(value) // 512) * 512 for name, value in record.items() if name != "__key__")
+        header = 512 if key.isascii() and len(key) < 90 else 2560  # other names need an extended header
+        size = sum(header + -(-len(value) // 512) * 512 for name, value in record.items() if name != "__key__")
         if self._tar is not None and (
             self._samples >= self._shard_samples or self._bytes + size + 10240 > self._shard_bytes
         ):
