@@ -22,11 +22,11 @@ class Shape:
 
     Attributes:
         size: side in pixels; None leaves pictures as they are.
-        resize: center-crop-lanczos takes the central square and reduces it by Lanczos; center-crop-area halves by 2 x 2 means
-            as often as possible, then bicubic, then crops (as in the published diffusion code); pad-lanczos fits the whole
-            picture on white.
+        resize: center-crop-lanczos takes the central square and reduces it by Lanczos; center-crop-area halves by 2 x 2
+            means as often as possible, then bicubic, then crops (as in the published diffusion code); pad-lanczos fits
+            the whole picture on white.
         enlarge: also enlarge smaller pictures, which are refused otherwise.
-        encoding: keep leaves the file's own bytes where no pixel changes (PNG where one does); png and webp lose nothing.
+        encoding: keep leaves the file's own bytes where no pixel changes (PNG where one does); png, webp lose nothing.
     """
 
     size: int | None = None

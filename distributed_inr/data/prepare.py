@@ -38,8 +38,9 @@ class Plan:
 
     Attributes:
         only: keep pictures whose field (class, text, object, or any of the metadata) has one of these values.
-        split: given takes the layout's own train and val; text and object keep equal captions, or one object's pictures, on
-            one side; fraction splits single pictures; none makes one part; auto takes the strictest that the data allow.
+        split: given takes the layout's own train and val; text and object keep equal captions, or an object's pictures,
+            on one side; fraction splits single pictures; none makes one part; auto takes given if the layout has it,
+            object for views, text where there are captions, else fraction.
         val_fraction: held-out fraction of captions, objects or pictures, chosen by hash.
         val_per_class: instead, this many of each class.
         split_seed: another number holds out others.
@@ -72,9 +73,7 @@ class Prepared:
     skipped: list[tuple[str, str]]
 
 
-def prepare_images(
-    source: Path, out: str, plan: Plan, *, metadata: Path | None = None, workers: int = 2
-) -> Prepared:
+def prepare_images(source: Path, out: str, plan: Plan, *, metadata: Path | None = None, workers: int = 2) -> Prepared:
     """Write `out`/train and `out`/val. Run again after an interruption it goes on, and ends with the same bytes."""
     source = source.absolute()
     if not source.is_dir():
@@ -236,8 +235,8 @@ def _split(found: list[Picture], plan: Plan) -> tuple[str, list[Part]]:
     if not held_out or len(held_out) == len(ranks):
         side = "val" if not held_out else "train"
         raise ValueError(
-            f"--split {split} over {len(ranks)} of them leaves {side} empty; change --val-fraction {plan.val_fraction}, or "
-            "use --val-per-class or --split none"
+            f"--split {split} over {len(ranks)} of them leaves {side} empty; change --val-fraction {plan.val_fraction} "
+            "or use --val-per-class or --split none"
         )
     return split, ["val" if unit[split](picture) in held_out else "train" for picture in found]
 
@@ -264,8 +263,8 @@ def _begin(out: str, protocol: Mapping[str, Any]) -> None:
         if changed:
             path, (old, new) = next(iter(changed.items()))
             raise ValueError(
-                f"{out} holds a set made with {path}={old!r}, now {new!r} ({len(changed)} differ: {', '.join(changed)}); "
-                "choose another --out, or remove that folder first"
+                f"{out} holds a set made with {path}={old!r}, now {new!r} ({len(changed)} differ: "
+                f"{', '.join(changed)}); choose another --out, or remove that folder first"
             )
         return
     names = storage.list_files(out).keys() | {

@@ -1,4 +1,4 @@
-"""Reading by position: shards and an order become signals, the same ones for every number of ranks and loader processes."""
+"""Reading by position: shards and an order become signals, the same for every number of ranks and loader processes."""
 
 import contextlib
 import io
@@ -80,8 +80,8 @@ class Data:
 class ShardDataset(Dataset):
     """Signals by run position (`dataset[position]`), or by number in the set's own order (`dataset.signal(number)`).
 
-    A bad sample is replaced by the next good one of its shard, counted and logged by key. Each process keeps its own files
-    open, so the data set may be handed to loader processes at any time.
+    A bad sample is replaced by the next good one of its shard, counted and logged by key. Each process keeps its own
+    files open, so the data set may be handed to loader processes at any time.
 
     Args:
         read: decodes a record; raises ValueError when the sample is bad.
@@ -123,7 +123,7 @@ class ShardDataset(Dataset):
         return signal
 
     def signal(self, number: int, position: int | None = None) -> tuple[Signal, bool]:
-        """The signal at a number of the set's own order, and whether it is that one (False: a bad one's replacement)."""
+        """The signal at a number of the set's own order, and False if that one is bad and this its replacement."""
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self._signal(shard, number - int(self._starts[shard]), number if position is None else position)
 
@@ -166,8 +166,8 @@ class ShardDataset(Dataset):
         bad, read = self.num_bad, max(self.num_read, min(len(self), _BAD_FRACTION_OF))
         if bad > self.max_bad_fraction * read:
             raise TooManyBad(
-                f"{bad} of {read} samples are bad, above data.max_bad_fraction={self.max_bad_fraction}; the last is {key}: "
-                f"{error}; mend the set or raise the limit"
+                f"{bad} of {read} samples are bad, above data.max_bad_fraction={self.max_bad_fraction}; the last is "
+                f"{key}: {error}; mend the set or raise the limit"
             )
 
     def _open(self, shard: int) -> OpenShard:
@@ -180,7 +180,7 @@ class ShardDataset(Dataset):
         return self._handles[shard]
 
     def _fetch_ahead(self, position: int) -> None:
-        """When a stream turns to another window, have that one's shards and the next one's fetched in the background."""
+        """When a stream turns to another window, have its shards and the next one's fetched in the background."""
         assert self.order is not None
         window = self.order.window_number(position)
         if window in self._windows_asked:
@@ -227,8 +227,8 @@ def read_latent(record: Record, seed: int) -> Signal:
     """Decode one record of a latent set: float16 mean and deviation [2, *latent_shape], and the caption."""
     key = record["__key__"]
     try:
-        latent = np.lib.format.read_array(io.BytesIO(record["latent.npy"]), allow_pickle=False)
-    except (ValueError, KeyError, EOFError) as error:
+        latent = _read_npy(record["latent.npy"])
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{key}.latent.npy cannot be decoded: {error}") from None
     if latent.ndim < 2 or latent.shape[0] != 2 or latent.dtype.kind != "f":
         raise ValueError(
@@ -243,6 +243,17 @@ def read_latent(record: Record, seed: int) -> Signal:
     )
 
 
+def _read_npy(content: bytes) -> np.ndarray:
+    """A .npy array; the header cannot ask for more memory than there are bytes, nor for pickles."""
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not a .npy of version 1.0")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject or fortran_order:
+        raise ValueError("objects and Fortran order are not read")
+    return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape)
+
+
 def training_stream(
     dataset: ShardDataset,
     *,
@@ -253,8 +264,9 @@ def training_stream(
     world: int = 1,
     num_loaders: int = 0,
 ) -> Iterator[Signal]:
-    """Endless micro-batches of one rank: each step's `global_batch` positions from `start` on, those equal to `rank` mod
-    `world`, in order. The samples of a step are the same for every `world` and `num_loaders`.
+    """Endless micro-batches of one rank, in order: the positions from `start` on that equal `rank` modulo `world`.
+
+    The `global_batch` samples of a step are the same for every `world` and `num_loaders`.
 
     Args:
         start: samples that the run has seen.
@@ -267,8 +279,8 @@ def training_stream(
     share = global_batch // world
     if share % micro_batch:
         raise ValueError(
-            f"micro_batch_size={micro_batch} must divide a worker's share of the batch, {global_batch} / {world} = {share}; "
-            f"try {max(size for size in range(1, micro_batch + 1) if share % size == 0)}"
+            f"micro_batch_size={micro_batch} must divide a worker's share of the batch, {global_batch} / {world} = "
+            f"{share}; try {max(size for size in range(1, micro_batch + 1) if share % size == 0)}"
         )
     _check_cache(dataset, world)
     batches = _TrainingBatches(dataset, start, global_batch, micro_batch, rank, world)
@@ -278,9 +290,10 @@ def training_stream(
 def evaluation_stream(
     dataset: ShardDataset, *, batch: int, rank: int = 0, world: int = 1, num_loaders: int = 0
 ) -> Iterator[Signal]:
-    """Every sample exactly once over all ranks, in the set's own order; `batch` a rank; equally many steps on each rank.
+    """Every sample exactly once over all ranks, in the set's own order; equally many steps of `batch` on each rank.
 
-    `Signal.mask` is False where a ragged last step repeats a sample, and where a bad sample was replaced: do not count them.
+    `Signal.mask` is False, so that it does not count, where a ragged last step repeats a sample and where a bad one was
+    replaced.
     """
     num_steps = -(-len(dataset) // (batch * world))
     return _stream(_EvaluationBatches(dataset, batch, rank, world), range(num_steps), num_loaders)

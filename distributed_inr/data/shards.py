@@ -28,7 +28,7 @@ from distributed_inr.domains.domain import Record
 INDEX_NAME = "index.json"
 FORMAT_VERSION = 1
 
-# A shard whose content is below this is hashed when a run starts; larger local sets are checked by size, and by crc32 as read.
+# Local sets up to this size are hashed when a run starts; larger ones are checked by size, and by crc32 as read.
 _HASH_AT_START_BYTES = 256 * 2**20
 _MAX_SAMPLE_BYTES = 2**30
 
@@ -104,8 +104,8 @@ class ShardIndex:
             for shard in shards:
                 if files[shard.name] != shard.bytes:
                     raise ValueError(
-                        f"shard {shard.url} has {files[shard.name]} bytes, its index says {shard.bytes}: it was changed or "
-                        "cut short; restore it or prepare the set again"
+                        f"shard {shard.url} has {files[shard.name]} bytes, its index says {shard.bytes}: it was "
+                        "changed or cut short; restore it or prepare the set again"
                     )
         if self.num_bytes <= _HASH_AT_START_BYTES:
             for shard in self.shards:
@@ -148,8 +148,8 @@ class OpenShard:
             content = os.pread(self._file.fileno(), size, offset)
             if zlib.crc32(content) != crc32:
                 raise ShardDamaged(
-                    f"shard {self.shard.url}: {record['__key__']}.{side.suffixes[suffix]} differs from its index (crc32): the "
-                    "shard was changed or damaged; restore it or prepare the set again"
+                    f"shard {self.shard.url}: {record['__key__']}.{side.suffixes[suffix]} differs from its index "
+                    "(crc32): the shard was changed or damaged; restore it or prepare the set again"
                 )
             record[side.suffixes[suffix]] = content
         return record
@@ -162,8 +162,8 @@ class ShardDamaged(ValueError):
 def load_index(url: str, *, cache: Cache | None = None, allow_pipe: bool = False) -> ShardIndex:
     """Find a set of shards: a folder, a tar, a pattern with * or ?, or braces; local, s3://, gs:// or http(s)://.
 
-    A folder's `index.json` is believed (see `ShardIndex.check`); tars without one are indexed now, which reads them whole:
-    the side indexes are kept beside them, or in the cache where the folder cannot be written.
+    A folder's `index.json` is believed (see `ShardIndex.check`); tars without one are indexed now, which reads them
+    whole: the side indexes are kept beside them, or in the cache where the folder cannot be written.
     """
     cache = cache or Cache("~/.cache/distributed_inr/shards", gib=16.0, allow_pipe=allow_pipe)
     storage.check_url(url, allow_pipe=allow_pipe)
@@ -229,8 +229,8 @@ def read_index(folder: str) -> ShardIndex | None:
 class ShardWriter:
     """Writes records as shards of at most `shard_bytes` bytes and `shard_samples` samples.
 
-    A shard appears when it is complete, `index.json` last. Opened again on an unfinished folder it goes on after the last
-    complete shard: skip the records whose keys are in `done`. Equal records give equal bytes.
+    A shard appears when it is complete, `index.json` last. Opened again on an unfinished folder it goes on after the
+    last complete shard: skip the records whose keys are in `done`. Equal records give equal bytes.
     """
 
     def __init__(
@@ -346,7 +346,7 @@ class ShardWriter:
 
 
 def write_index(folder: str | Path, *, domain: str, protocol: Mapping[str, Any]) -> ShardIndex:
-    """Write `index.json` over all complete shards of a folder, sorted by name: after several writers with own prefixes."""
+    """Write `index.json` over all complete shards of a folder, by name: after several writers with own prefixes."""
     files, shards = storage.list_files(str(folder)), []
     for name in sorted(files):
         if name.endswith(".tar") and name + SIDE_SUFFIX in files:
@@ -365,7 +365,7 @@ def _load_folder(folder: str, cache: Cache) -> ShardIndex:
     names = sorted(name for name in storage.list_files(folder) if name.endswith(".tar") and not name.startswith("."))
     if not names:
         raise ValueError(
-            f"{folder}: no {INDEX_NAME} and no .tar files there; check the path, or make shards with jobs/prepare_data.py"
+            f"{folder}: no {INDEX_NAME} and no .tar files there; check the path, or make shards by jobs/prepare_data.py"
         )
     return ShardIndex(tuple(_foreign_shard(folder, name, cache) for name in names))
 

@@ -54,7 +54,7 @@ class SideIndex:
 
     @staticmethod
     def build(path: Path) -> "SideIndex":
-        """Index a tar. Links, devices and names that point outside are passed over; a cut tar is indexed up to the cut."""
+        """Index a tar: links, devices and names that point outside are passed over, a cut tar is read up to the cut."""
         keys: list[str] = []
         first: list[int] = [0]
         members: list[tuple[int, int, int, int]] = []
