@@ -35,6 +35,8 @@ class Image(Domain):
     """Target resolutions as multiples of `size`; those that the source does not have are left out (DDMI, appendix)."""
     scale_weights: tuple[float, ...] = (0.3, 0.3, 0.4)
     """Probability of each of `scales`, renormalised over those that the source has."""
+    likelihood: Literal["gaussian", "laplace"] = "gaussian"
+    """Of a pixel, at unit scale: gaussian is half the squared error, laplace the absolute error (the public code)."""
     flip: bool = True
     """Train on mirrored copies too."""
     max_pixels: int = 89_478_485
@@ -132,8 +134,8 @@ class Image(Domain):
         return Queries(coords, self._view(resolution, cell.shape[1])), values
 
     def nll(self, observed: Tensor, values: Tensor) -> Float[Tensor, " batch"]:
-        """Laplace likelihood of unit scale: the mean absolute error, as in the published training code."""
-        return (observed - values).abs().mean(dim=(1, 2))
+        error = observed - values
+        return (error.abs() if self.likelihood == "laplace" else 0.5 * error.square()).mean(dim=(1, 2))
 
     def render(
         self, field: Field, resolution: int, *, chunk_points: int = 1 << 16

@@ -77,14 +77,14 @@ class D2CVAE:
                 f"try {max(1, domain.size // self.encoder.reduction) * self.encoder.reduction}"
             )
 
-    def build(self, domain: Domain, *, checkpointing: bool = False) -> "D2CVAEModel":
-        return D2CVAEModel(self, domain, checkpointing)
+    def build(self, domain: Domain) -> "D2CVAEModel":
+        return D2CVAEModel(self, domain)
 
 
 class D2CVAEModel(FieldAutoencoder):
     """The D2C-VAE of one domain."""
 
-    def __init__(self, cfg: D2CVAE, domain: Domain, checkpointing: bool) -> None:
+    def __init__(self, cfg: D2CVAE, domain: Domain) -> None:
         super().__init__()
         cfg.check(domain)
         self.cfg, self.domain = cfg, domain
@@ -92,7 +92,7 @@ class D2CVAEModel(FieldAutoencoder):
         planes, num_fields = len(self.axes), 1 if cfg.conditioning == "single" else cfg.num_fields
         side = domain.size // cfg.encoder.reduction
         self.latent_shape = (planes * cfg.latent_channels, side, side)
-        self.encoder = cfg.encoder.build(2 * planes * cfg.latent_channels, checkpointing=checkpointing)
+        self.encoder = cfg.encoder.build(2 * planes * cfg.latent_channels)
         self.decoder = PlaneDecoder(
             cfg.latent_channels,
             channels=cfg.decoder_channels,
@@ -100,7 +100,6 @@ class D2CVAEModel(FieldAutoencoder):
             num_blocks=cfg.decoder_blocks,
             num_fields=num_fields,
             field_channels=cfg.field_channels,
-            checkpointing=checkpointing,
         )
         self.readout = ReadOut(cfg, num_fields, domain.view_dim, domain.value_dim)
 

@@ -35,14 +35,14 @@ class UNet:
                     f"prior.denoiser.head_dim={self.head_dim}; try channels={-(-self.channels // self.head_dim) * self.head_dim}"
                 )
 
-    def build(self, latent_shape: tuple[int, ...], *, checkpointing: bool = False) -> "UNetDenoiser":
-        return UNetDenoiser(self, latent_shape, checkpointing)
+    def build(self, latent_shape: tuple[int, ...]) -> "UNetDenoiser":
+        return UNetDenoiser(self, latent_shape)
 
 
 class UNetDenoiser(nn.Module):
     """Noisy latent and timestep to the prediction, of the latent's shape."""
 
-    def __init__(self, cfg: UNet, latent_shape: tuple[int, ...], checkpointing: bool) -> None:
+    def __init__(self, cfg: UNet, latent_shape: tuple[int, ...]) -> None:
         super().__init__()
         import_torchvision()
         from diffusers import UNet2DModel
@@ -71,8 +71,6 @@ class UNetDenoiser(nn.Module):
             norm_num_groups=groups,
             dropout=cfg.dropout,
         )
-        if checkpointing:
-            self.unet.enable_gradient_checkpointing()
 
     def forward(
         self, noisy: Float[Tensor, "batch channels height width"], timesteps: Int64[Tensor, " batch"]

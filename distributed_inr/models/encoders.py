@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distributed_inr.config import config
-from distributed_inr.models.planes import Middle, ResidualBlock, group_norm, recompute
+from distributed_inr.models.planes import Middle, ResidualBlock, group_norm
 from distributed_inr.models.torchvision_cpu import import_torchvision
 
 
@@ -30,8 +30,8 @@ class PixelEncoder:
         """Input pixels a side of one latent cell."""
         return 2 ** (len(self.multipliers) - 1)
 
-    def build(self, out_channels: int, *, checkpointing: bool) -> nn.Module:
-        return ConvolutionalEncoder(self, out_channels, checkpointing)
+    def build(self, out_channels: int) -> nn.Module:
+        return ConvolutionalEncoder(self, out_channels)
 
 
 @config
@@ -48,8 +48,8 @@ class TimmEncoder:
 
     input_kind: ClassVar[str] = "pixels"
 
-    def build(self, out_channels: int, *, checkpointing: bool) -> nn.Module:
-        return TimmFeatures(self, out_channels, checkpointing)
+    def build(self, out_channels: int) -> nn.Module:
+        return TimmFeatures(self, out_channels)
 
 
 AnyEncoder = Annotated[PixelEncoder | TimmEncoder, pydantic.Field(discriminator="kind")]
@@ -58,10 +58,9 @@ AnyEncoder = Annotated[PixelEncoder | TimmEncoder, pydantic.Field(discriminator=
 class ConvolutionalEncoder(nn.Module):
     """Residual levels with strided convolutions between them, and one attention block at the coarsest."""
 
-    def __init__(self, cfg: PixelEncoder, out_channels: int, checkpointing: bool) -> None:
+    def __init__(self, cfg: PixelEncoder, out_channels: int) -> None:
         super().__init__()
         widths = [cfg.channels * m for m in cfg.multipliers]
-        self.checkpointing = checkpointing
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
         self.levels = nn.ModuleList()
         for index, width in enumerate(widths):
@@ -77,14 +76,14 @@ class ConvolutionalEncoder(nn.Module):
     def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels h w"]:
         hidden = self.stem(pixels)
         for level in self.levels:
-            hidden = recompute(level, hidden, self.checkpointing)
+            hidden = level(hidden)
         return self.head(self.middle(hidden))
 
 
 class TimmFeatures(nn.Module):
     """A timm backbone's feature map of one stride, mapped to the latent's channels."""
 
-    def __init__(self, cfg: TimmEncoder, out_channels: int, checkpointing: bool) -> None:
+    def __init__(self, cfg: TimmEncoder, out_channels: int) -> None:
         super().__init__()
         import_torchvision()
         import timm
@@ -104,8 +103,6 @@ class TimmFeatures(nn.Module):
         self.backbone = timm.create_model(
             cfg.model, features_only=True, pretrained=cfg.pretrained, out_indices=(level,)
         )
-        if checkpointing:
-            self.backbone.set_grad_checkpointing()
         self.head = nn.Conv2d(self.backbone.feature_info.channels()[-1], out_channels, 1)
 
     def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels h w"]:

@@ -31,17 +31,17 @@ class LatentDiffusion:
     beta_end: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.0195
     """Noise variance of the last step."""
 
-    def build(self, latent_shape: tuple[int, ...], *, checkpointing: bool = False) -> "LatentDiffusionModel":
-        return LatentDiffusionModel(self, latent_shape, checkpointing)
+    def build(self, latent_shape: tuple[int, ...]) -> "LatentDiffusionModel":
+        return LatentDiffusionModel(self, latent_shape)
 
 
 class LatentDiffusionModel(LatentPrior):
     """Diffusion over latents of one shape."""
 
-    def __init__(self, cfg: LatentDiffusion, latent_shape: tuple[int, ...], checkpointing: bool) -> None:
+    def __init__(self, cfg: LatentDiffusion, latent_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.cfg, self.latent_shape = cfg, latent_shape
-        self.denoiser = cfg.denoiser.build(latent_shape, checkpointing=checkpointing)
+        self.denoiser = cfg.denoiser.build(latent_shape)
         betas = torch.linspace(cfg.beta_start**0.5, cfg.beta_end**0.5, cfg.num_timesteps, dtype=torch.float64).square()
         # Derived from the config, so not part of the checkpoint.
         self.register_buffer("signal_level", (1 - betas).cumprod(0).float(), persistent=False)

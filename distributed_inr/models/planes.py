@@ -6,11 +6,9 @@ videos.
 
 import itertools
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 def plane_axes(coord_dim: int) -> list[tuple[int, int]]:
@@ -86,7 +84,6 @@ class PlaneDecoder(nn.Module):
 
     Args:
         multipliers: channels of each level over `channels`, finest level first, as in the published configs.
-        checkpointing: recompute activations in the backward pass.
     """
 
     def __init__(
@@ -98,11 +95,9 @@ class PlaneDecoder(nn.Module):
         num_blocks: int,
         num_fields: int,
         field_channels: int,
-        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         widths = [channels * m for m in reversed(multipliers)]
-        self.checkpointing = checkpointing
         self.stem = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         self.middle = Middle(widths[0])
         self.levels, self.heads = nn.ModuleList(), nn.ModuleList()
@@ -118,7 +113,7 @@ class PlaneDecoder(nn.Module):
         hidden = self.middle(self.stem(latent))
         fields, skip = [], len(self.levels) - len(self.heads)
         for index, level in enumerate(self.levels):
-            hidden = recompute(level, hidden, self.checkpointing)
+            hidden = level(hidden)
             if index >= skip:
                 fields.append(self.heads[index - skip](hidden))
         return fields
@@ -130,10 +125,3 @@ def group_norm(channels: int) -> nn.GroupNorm:
     while channels % groups:
         groups //= 2
     return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
-def recompute(module: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
-    """Run a module, keeping only its input for the backward pass when `checkpointing`."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(module, x, use_reentrant=False)  # type: ignore[return-value]
-    return module(x)
