@@ -9,8 +9,8 @@
       state.json                               samples and steps done
       manifest.json                            size and sha256 of every file above; written last, it is the commit
 
-`snapshot` is the only part that needs the engine and the other ranks; `write` touches nothing but files, each written once
-and whole; `commit` writes the manifest after every rank has written. Nothing executable is stored or loaded.
+`snapshot` is the only part that needs the engine and the other ranks; `write` touches nothing but files, each written
+once and whole; `commit` writes the manifest after every rank has written. Nothing executable is stored or loaded.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
@@ -20,7 +20,16 @@ from torch import Tensor, nn
 
 from distributed_inr.config import config
 from distributed_inr.domains.domain import Signal
-from distributed_inr.training.fragments import BUCKET, Fragment, is_first, sum_over_ranks
+from distributed_inr.training.fragments import (
+    BUCKET,
+    Fragment,
+    Read,
+    is_first,
+    load_buffers,
+    load_moments,
+    sum_over_ranks,
+    view,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +93,6 @@ class Optim:
             return self.lr * warmup
         progress = max(0, samples - self.warmup_samples) / max(1, num_samples - self.warmup_samples)
         return self.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-Read = Callable[[str, str, int, int], Tensor]
-"""read(kind, name, start, stop): that part of a flattened tensor; kind is "weight" or the name of a moment."""
 
 
 class Engine(Protocol):
@@ -207,7 +212,7 @@ class DeepSpeedEngine:
         from deepspeed import zero
 
         parameters = dict(self._module.named_parameters())
-        _load_moments(self._fragments, self._adamw, read, steps)
+        load_moments(self._fragments, self._adamw, read, steps)
         for fragment in self._fragments:
             parameter, end = parameters[fragment.name], math.prod(fragment.shape)
             if self._stage == 3:
@@ -218,7 +223,7 @@ class DeepSpeedEngine:
                 whole = read("weight", fragment.name, 0, end)
                 parameter.data.copy_(whole.view(fragment.shape))
                 fragment.weight.copy_(whole[fragment.offset : fragment.offset + fragment.weight.numel()])
-        _load_buffers(self._module, read)
+        load_buffers(self._module, read)
         self.steps = steps
 
     def unwrap(self) -> nn.Module:
@@ -233,36 +238,31 @@ class DeepSpeedEngine:
         return [gradient for group in self._engine.optimizer.averaged_gradients.values() for gradient in group]
 
     def _hold(self) -> list[Fragment]:
-        """The part of each parameter whose optimizer state is on this rank."""
-        names = {name: parameter for name, parameter in self._module.named_parameters()}
-        if self._stage == 0:
-            return [_whole(name, p, _moments(self._adamw, p)) for name, p in names.items()]
+        """The part of each parameter whose optimizer state is on this rank (stage 0: all of it)."""
         rank, world, zero = dist.get_rank(), dist.get_world_size(), self._engine.optimizer
         fragments = []
-        for name, p in names.items():
-            if self._stage == 3:
-                shape, size = tuple(p.ds_shape), p.ds_tensor.numel()  # equal parts, the last ones padded
-                start = min(rank * size, p.ds_numel)
-                stop = min(start + size, p.ds_numel)
-                if not p.requires_grad:
-                    fragments.append(Fragment(name, shape, start, p.ds_tensor.data[: stop - start]))
-                    continue
-                group, address, _ = zero.grad_position[zero.get_param_id(p)]
-                flat = zero.fp32_partitioned_groups_flat[group]
+        for name, p in self._module.named_parameters():
+            shape, address = p.shape, 0
+            if self._stage == 0:
+                start, stop, held = 0, p.numel(), p
+            elif self._stage == 3:  # equal parts of each parameter, the last ones padded
+                shape, size = p.ds_shape, p.ds_tensor.numel()
+                start, stop = min(rank * size, p.ds_numel), min((rank + 1) * size, p.ds_numel)
+                held = p.ds_tensor
+                if p.requires_grad:
+                    group, address, _ = zero.grad_position[zero.get_param_id(p)]
+                    held = zero.fp32_partitioned_groups_flat[group]
             elif not p.requires_grad:
-                fragments.append(_whole(name, p, {}).share(rank, world))
-                continue
+                start, stop, held = rank * p.numel() // world, (rank + 1) * p.numel() // world, p
+                address = start
             elif p._hp_mapping is None:  # nothing of it is on this rank
-                fragments.append(Fragment(name, tuple(p.shape), 0, p.data.new_empty(0), _empty_moments(p)))
-                continue
-            else:
-                shape, held = tuple(p.shape), p._hp_mapping
-                start, address = held.lp_fragment_address.start, held.hp_fragment_address.start
-                stop = start + held.lp_fragment_address.numel
-                flat = zero.single_partition_of_fp32_groups[held.param_group_index]
-            part = slice(address, address + stop - start)
-            moments = {key: value[part] for key, value in _moments(self._adamw, flat).items()}
-            fragments.append(Fragment(name, shape, start, flat.data[part], moments))
+                start, stop, held = 0, 0, zero.single_partition_of_fp32_groups[0]
+            else:  # a part of all parameters joined
+                here, there = p._hp_mapping.lp_fragment_address, p._hp_mapping.hp_fragment_address
+                start, stop, address = here.start, here.start + here.numel, there.start
+                held = zero.single_partition_of_fp32_groups[p._hp_mapping.param_group_index]
+            length = stop - start
+            fragments.append(view(name, shape, held, self._adamw, offset=start, address=address, length=length))
         return fragments
 
 
@@ -285,7 +285,9 @@ class AccelerateEngine:
         self._adamw = _adamw(module, optim)
         self._wrapped = self._accelerator.prepare_model(_Autocast(module, scale))
         self.device = self._accelerator.device
-        self._fragments = [_whole(name, p, _moments(self._adamw, p)) for name, p in module.named_parameters()]
+        self._fragments = [
+            view(name, p.shape, p, self._adamw, length=p.numel()) for name, p in module.named_parameters()
+        ]
 
     def forward(self, batch: Signal) -> dict[str, Tensor]:
         last = len(self._pending) + 1 == self._num_micro_batches
@@ -314,10 +316,10 @@ class AccelerateEngine:
         return [f.share(self._accelerator.process_index, self._accelerator.num_processes) for f in self._fragments]
 
     def load(self, read: Read, *, steps: int) -> None:
-        _load_moments(self._fragments, self._adamw, read, steps)
+        load_moments(self._fragments, self._adamw, read, steps)
         for fragment in self._fragments:
             fragment.weight.copy_(read("weight", fragment.name, 0, fragment.weight.numel()))
-        _load_buffers(self._module, read)
+        load_buffers(self._module, read)
         self.steps = steps
 
     def unwrap(self) -> nn.Module:
@@ -342,40 +344,6 @@ class _Autocast(nn.Module):
 def _adamw(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
     trainable = [p for p in module.parameters() if p.requires_grad]
     return torch.optim.AdamW(trainable, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
-
-
-def _moments(adamw: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
-    """AdamW's running means of a parameter, flattened; created (as AdamW would) where there has been no step yet."""
-    if not parameter.requires_grad:
-        return {}
-    state = adamw.state[parameter]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter.data), torch.zeros_like(parameter.data)
-    return {key: state[key].view(-1) for key in ("exp_avg", "exp_avg_sq")}
-
-
-def _empty_moments(parameter: Tensor) -> dict[str, Tensor]:
-    return {key: parameter.data.new_empty(0) for key in ("exp_avg", "exp_avg_sq")}
-
-
-def _whole(name: str, parameter: Tensor, moments: dict[str, Tensor]) -> Fragment:
-    return Fragment(name, tuple(parameter.shape), 0, parameter.data.view(-1), moments)
-
-
-def _load_moments(fragments: Iterable[Fragment], adamw: torch.optim.AdamW, read: Read, steps: int) -> None:
-    for f in fragments:
-        for key, moment in f.moments.items():
-            moment.copy_(read(key, f.name, f.offset, f.offset + moment.numel()))
-    for state in adamw.state.values():
-        state["step"].fill_(steps)
-
-
-def _load_buffers(module: nn.Module, read: Read) -> None:
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    for name, buffer in module.state_dict().items():
-        if name not in parameters:
-            buffer.copy_(read("weight", name, 0, buffer.numel()).view(buffer.shape))
 
 
 def _detach(losses: dict[str, Tensor]) -> dict[str, Tensor]:

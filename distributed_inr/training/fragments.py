@@ -1,12 +1,12 @@
-"""Fragments: the part of the parameters that a rank owns, for running averages and checkpoints."""
+"""Fragments: views of the weights and AdamW's state that a rank owns, for running averages and checkpoints."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 BUCKET = 50_000_000
 """Elements in one collective of gradients or weights."""
@@ -36,6 +36,46 @@ class Fragment:
         start, stop = rank * length // world, (rank + 1) * length // world
         moments = {key: value[start:stop] for key, value in self.moments.items()}
         return dataclasses.replace(self, offset=self.offset + start, weight=self.weight[start:stop], moments=moments)
+
+
+Read = Callable[[str, str, int, int], Tensor]
+"""read(kind, name, start, stop): that part of a flattened tensor; kind is "weight" or the name of a moment."""
+
+
+def view(
+    name: str,
+    shape: Sequence[int],
+    held: Tensor,
+    adamw: torch.optim.AdamW,
+    *,
+    offset: int = 0,
+    address: int = 0,
+    length: int,
+) -> Fragment:
+    """The fragment of `length` elements from `offset` on of a parameter, held by a tensor (AdamW's) from `address` on."""
+    moments = {}
+    if held.requires_grad:
+        state = adamw.state[held]
+        if not state:  # what AdamW itself makes at its first step
+            state["step"] = torch.zeros((), dtype=torch.float32, device=held.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(held.data), torch.zeros_like(held.data)
+        moments = {key: state[key].view(-1)[address : address + length] for key in ("exp_avg", "exp_avg_sq")}
+    return Fragment(name, tuple(shape), offset, held.data.view(-1)[address : address + length], moments)
+
+
+def load_moments(fragments: Iterable[Fragment], adamw: torch.optim.AdamW, read: Read, steps: int) -> None:
+    for f in fragments:
+        for key, moment in f.moments.items():
+            moment.copy_(read(key, f.name, f.offset, f.offset + moment.numel()))
+    for state in adamw.state.values():
+        state["step"].fill_(steps)
+
+
+def load_buffers(module: nn.Module, read: Read) -> None:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, buffer in module.state_dict().items():
+        if name not in parameters:
+            buffer.copy_(read("weight", name, 0, buffer.numel()).view(buffer.shape))
 
 
 def average(values: Sequence[Fragment], fragments: Sequence[Fragment], decay: float) -> None:

@@ -25,7 +25,7 @@ from distributed_inr.training.fragments import average, is_first, sum_over_ranks
 logger = logging.getLogger(__name__)
 
 EMA_RAMP = 0.05
-"""The running average's half-life is at most this part of the samples seen, to forget the start (Karras et al., 2024)."""
+"""The running average's half-life is at most this part of the samples seen, to forget the start (as EDM's)."""
 
 PROGRESS_SECONDS = 0.5
 
@@ -39,11 +39,11 @@ class Training:
     batch_size: PositiveInt = 32
     """Samples in one step, over all workers."""
     micro_batch_size: PositiveInt | None = None
-    """Samples that a worker puts through the model at once, adding up gradients. none: its whole share of the batch."""
+    """Samples that a worker puts through the model at once, adding up gradients. none: its whole share of a batch."""
     optim: Optim = Optim()
     """The optimizer and its schedule."""
     ema_half_life_samples: NonNegativeInt = 0
-    """Half-life of the running average of the weights that the run ends with; at most 5 % of the samples seen. 0: none."""
+    """Half-life of the running average of weights that the run ends with; at most 5 % of the samples seen. 0: none."""
     log_every_samples: PositiveInt = 3_200
     """Samples between lines of metrics."""
     evaluate_every_samples: PositiveInt | None = None
@@ -71,14 +71,14 @@ def train(
 ) -> bool:
     """Train `module`, resuming from the newest checkpoint in `folder`; every rank calls it with the same arguments.
 
-    Writes metrics.jsonl, tensorboard/, checkpoints/ and at the end model.safetensors: the running average, if one is kept.
+    Writes metrics.jsonl, tensorboard/, checkpoints/ and at the end model.safetensors: the average, if one is kept.
 
     Args:
         seed: of the run; a resumed run must have the same.
         config_json: the whole experiment, kept with each checkpoint.
         num_loaders: loader processes of each worker; 0 reads in the worker itself.
         report: called on every rank after each checkpoint with the newest metrics and "checkpoint", its path.
-        progress: called on the first rank with (samples done, of how many, {"loss", "samples/s"}), at most twice a second.
+        progress: called on the first rank with (samples done, of how many, {"loss", "samples/s"}), seldom.
         stop: asked on every rank after each step; True on any of them makes all write a checkpoint and return.
 
     Returns:
@@ -204,7 +204,7 @@ def _due(every: int | None, samples: int, batch_size: int) -> bool:
 
 @torch.no_grad()
 def _validate(engine: Engine, batches: Iterable[Signal], samples: int) -> dict[str, float]:
-    """Means of the losses over all samples of a set, each counted once; every rank makes equally many forward passes."""
+    """Means of the losses over all samples of a set, each counted once; all ranks make equally many forward passes."""
     engine.unwrap().eval()
     sums: dict[str, torch.Tensor] = {}
     count = 0
