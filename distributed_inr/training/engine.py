@@ -213,16 +213,12 @@ class DeepSpeedEngine:
 
         parameters = dict(self._module.named_parameters())
         load_moments(self._fragments, self._adamw, read, steps)
-        for fragment in self._fragments:
-            parameter, end = parameters[fragment.name], math.prod(fragment.shape)
-            if self._stage == 3:
-                with zero.GatheredParameters([parameter], modifier_rank=0):
-                    if dist.get_rank() == 0:
-                        parameter.data.copy_(read("weight", fragment.name, 0, end).view(fragment.shape))
-            else:
-                whole = read("weight", fragment.name, 0, end)
-                parameter.data.copy_(whole.view(fragment.shape))
-                fragment.weight.copy_(whole[fragment.offset : fragment.offset + fragment.weight.numel()])
+        for f in self._fragments:
+            parameter, size = parameters[f.name], math.prod(f.shape)
+            with zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
+                if self._stage != 3 or dist.get_rank() == 0:
+                    parameter.data.copy_(read("weight", f.name, 0, size).view(f.shape))
+            f.weight.copy_(read("weight", f.name, f.offset, f.offset + f.weight.numel()))  # DeepSpeed's own copy
         load_buffers(self._module, read)
         self.steps = steps
 

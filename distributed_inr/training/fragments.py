@@ -52,7 +52,14 @@ def view(
     address: int = 0,
     length: int,
 ) -> Fragment:
-    """The fragment of `length` elements from `offset` on of a parameter, held by a tensor (AdamW's) from `address` on."""
+    name: str,
+    shape: Sequence[int],
+    held: Tensor,
+    adamw: torch.optim.AdamW,
+    *,
+    length: int,
+    offset: int = 0,
+    address: int = 0,
     moments = {}
     if held.requires_grad:
         state = adamw.state[held]
