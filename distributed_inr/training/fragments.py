@@ -48,18 +48,11 @@ def view(
     held: Tensor,
     adamw: torch.optim.AdamW,
     *,
+    length: int,
     offset: int = 0,
     address: int = 0,
-    length: int,
 ) -> Fragment:
-    name: str,
-    shape: Sequence[int],
-    held: Tensor,
-    adamw: torch.optim.AdamW,
-    *,
-    length: int,
-    offset: int = 0,
-    address: int = 0,
+    """A parameter's `length` elements from `offset` on, which a tensor (one of AdamW's) holds from `address` on."""
     moments = {}
     if held.requires_grad:
         state = adamw.state[held]
