@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 import filelock
 
@@ -27,12 +26,12 @@ class Cache:
         self.max_bytes = int(gib * 2**30)
         self.allow_pipe = allow_pipe
 
-    def open(self, url: str, sha256: str) -> tuple[Path, BinaryIO]:
-        """A shard on the local disk, with an open file: a remote one is fetched first if need be."""
+    def open(self, url: str, sha256: str) -> tuple[Path, int]:
+        """A shard on the local disk, with an open file descriptor: a remote one is fetched first if need be."""
         for _ in range(10):  # another process may remove the file between fetching and opening
             path = Path(url) if storage.is_local(url) else self.fetch(url, sha256)
             try:
-                return path, open(path, "rb", buffering=0)
+                return path, os.open(path, os.O_RDONLY)
             except FileNotFoundError:
                 if storage.is_local(url):
                     raise ValueError(f"shard {url} {_MISSING}") from None

@@ -37,8 +37,8 @@ class _Epoch:
     """The shards of one epoch in their order, and where windows begin in its sequence of samples."""
 
     shards: Int[np.ndarray, " shards"]
-    shard_starts: Int[np.ndarray, " shards+1"]
-    window_starts: Int[np.ndarray, " windows+1"]
+    shard_starts: Int[np.ndarray, " shard_edges"]
+    window_starts: Int[np.ndarray, " window_edges"]
 
 
 class Order:

@@ -6,11 +6,13 @@ The side index holds offset, size and crc32 of every member, so that any sample 
 checked, without unpacking anything. Sets made by others (tars only) are indexed when they are first seen.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import tempfile
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,14 +126,11 @@ class OpenShard:
 
     def __init__(self, shard: Shard, cache: Cache) -> None:
         self.shard = shard
-        path, self._file = cache.open(shard.url, shard.sha256)
+        path, self._descriptor = cache.open(shard.url, shard.sha256)
+        self.close = weakref.finalize(self, os.close, self._descriptor)
         self.side = cache.side_index(path, wanted=lambda side: side.sha256 == shard.sha256)
         if self.side.sha256 != shard.sha256 or len(self.side) != shard.samples:
-            self._file.close()
             raise ValueError(changed(shard.url, self.side.sha256, shard.sha256))
-
-    def close(self) -> None:
-        self._file.close()
 
     def __len__(self) -> int:
         return len(self.side)
@@ -145,7 +144,7 @@ class OpenShard:
                 raise ValueError(
                     f"{record['__key__']}: {size} bytes, more than a sample may have ({_MAX_SAMPLE_BYTES})"
                 )
-            content = os.pread(self._file.fileno(), size, offset)
+            content = os.pread(self._descriptor, size, offset)
             if zlib.crc32(content) != crc32:
                 raise ShardDamaged(
                     f"shard {self.shard.url}: {record['__key__']}.{side.suffixes[suffix]} differs from its index "
@@ -264,7 +263,8 @@ class ShardWriter:
     def write(self, record: Record) -> None:
         """Append one record: "__key__" and the members' bytes by suffix."""
         key = record["__key__"]
-        if MEMBER_NAME.match(f"{key}.x") is None or key.startswith("/") or ".." in key.split("/"):
+        match = MEMBER_NAME.match(f"{key}.x")
+        if match is None or match.group(1) != key or key.startswith("/") or ".." in key.split("/"):
             raise ValueError(f"key {key!r} cannot name a member: no dot in its last part, not absolute, no '..'")
         header = 512 if key.isascii() and len(key) < 90 else 2560  # other names need an extended header
         size = sum(header + -(-len(value) // 512) * 512 for name, value in record.items() if name != "__key__")
@@ -301,11 +301,16 @@ class ShardWriter:
         return index
 
     def abandon(self) -> None:
-        """Drop the unfinished shard; the complete ones stay for the next attempt."""
+        """Drop the unfinished shard and stop; the complete ones stay for the next writer."""
         if self._tar is not None:
+            with contextlib.suppress(OSError):  # such as the one that made the caller give up
+                self._tar.close()
             self._tar = None
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._part.unlink(missing_ok=True)
+        if self._staging is not None:
+            self._staging.cleanup()
 
     def _open_shard(self) -> None:
         from webdataset.writer import TarWriter
@@ -319,7 +324,6 @@ class ShardWriter:
     def _finish_shard(self) -> None:
         try:
             self._tar.close()
-            self._tar = None
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -328,6 +332,7 @@ class ShardWriter:
             url = storage.join(self.folder, self._name)
             storage.publish(self._part, url)
             storage.write_atomic(url + SIDE_SUFFIX, side.to_bytes())
+            self._tar = None
         except OSError as error:
             self.abandon()
             raise storage.explain(error, self.folder) from error
