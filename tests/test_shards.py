@@ -11,13 +11,13 @@ from pathlib import Path
 import fsspec
 import pytest
 import webdataset
+from tiny_sets import write_set
 
 from distributed_inr.data import shards, storage
 from distributed_inr.data.cache import Cache
 from distributed_inr.data.shards import OpenShard, ShardDamaged, ShardWriter, load_index, read_index
 from distributed_inr.data.side_index import SideIndex
 from distributed_inr.domains.domain import Record
-from tiny_sets import write_set
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from distributed_inr.data.reader import ShardDataset
 from distributed_inr.data.shards import ShardIndex, ShardWriter, load_index
 from distributed_inr.domains.domain import Record, Signal
 
@@ -41,7 +40,3 @@ def read_tiny(record: Record, seed: int) -> Signal:
         inputs=pixels / 255,
         text=record["txt"].decode(),
     )
-
-
-def set_order_dataset(index: ShardIndex, **options: object) -> ShardDataset:
-    return ShardDataset(index, read=read_tiny, seed=0, **options)  # type: ignore[arg-type]

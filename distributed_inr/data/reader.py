@@ -152,22 +152,26 @@ class ShardDataset(Dataset):
             except ShardDamaged:
                 raise
             except (ValueError, KeyError, OSError, SyntaxError) as error:  # decoders raise all of these on bad bytes
-                self._count_bad(counts, source, current, error)
+                self._log_bad(source, current, error)
+                if attempt == 0:
+                    counts[1] += 1
+                    self._stop_above_limit(error)
                 continue
             return replace(signal, seed=torch.tensor(seed), position=torch.tensor(position)), attempt == 0
         raise ValueError(f"shard {source.shard.url}: none of its {len(source)} samples is good; prepare the set again")
 
-    def _count_bad(self, counts: torch.Tensor, source: OpenShard, sample: int, error: Exception) -> None:
+    def _log_bad(self, source: OpenShard, sample: int, error: Exception) -> None:
         key = source.side.key(sample)
-        counts[1] += 1
         if key not in self._logged:
             self._logged.add(key)
             logger.warning("bad sample %s in %s replaced by the next of its shard: %s", key, source.shard.url, error)
+
+    def _stop_above_limit(self, last: Exception) -> None:
         bad, read = self.num_bad, max(self.num_read, min(len(self), _BAD_FRACTION_OF))
         if bad > self.max_bad_fraction * read:
             raise TooManyBad(
-                f"{bad} of {read} samples are bad, above data.max_bad_fraction={self.max_bad_fraction}; the last is "
-                f"{key}: {error}; mend the set or raise the limit"
+                f"{bad} of {read} samples are bad, above data.max_bad_fraction={self.max_bad_fraction}; "
+                f"the last: {last}; mend the set or raise the limit"
             )
 
     def _open(self, shard: int) -> OpenShard:
