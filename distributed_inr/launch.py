@@ -1,0 +1,436 @@
+"""Where work runs: a function on every worker of a Ray cluster, through Ray Train, or in the calling process.
+
+The only module that imports ray, and the only one that sets environment variables. A worker function takes a `Worker`.
+It runs again from its beginning when Ray restarts the workers, so it must resume from what it has written.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from distributed_inr.training.engine import Scale
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.5
+_LINE_SECONDS = 10.0
+_NAMESPACE = "distributed_inr"
+_MISTAKES = (ValueError, FloatingPointError)
+"""What a restart cannot mend: the same would happen again."""
+
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # a report blocks its worker until it is collected
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # would show every worker's lines twice
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they meant to the person who typed them
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; without it Ray warns
+    "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(256 * 2**20),  # of a local Ray; next to nothing goes through it
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # tensorboard may import TensorFlow, which talks
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "WDS_SECURE": "1",  # webdataset opens no pipe: addresses and unpickles nothing
+}
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What a worker function gets.
+
+    Attributes:
+        report: called on every rank, equally often, with metrics and the path of a checkpoint.
+        progress: called on the first rank with (done, total, {name: value}), at most a few times a second.
+        stop: whether the user has asked for an end; the first rank knows, the others always say False.
+    """
+
+    rank: int
+    world: int
+    report: Callable[[dict[str, Any]], None]
+    progress: Callable[[int, int, dict[str, float]], None]
+    stop: Callable[[], bool]
+
+
+class Launcher(Protocol):
+    """Runs worker functions."""
+
+    num_nodes: int
+    num_workers: int
+
+    def run(
+        self, function: Callable[[Worker], None], *, title: str, folder: Path, num_workers: int | None = None
+    ) -> None:
+        """Run `function` on `num_workers` workers (default: all), with one progress bar called `title`.
+
+        Its log lines go to `folder`/log.txt. Raises ValueError for a user's mistake on any worker, RuntimeError when
+        the workers have failed more than `scale.max_failures` times, SystemExit when the user has stopped the run.
+        """
+        ...
+
+
+@contextlib.contextmanager
+def launcher(scale: Scale) -> Iterator[Launcher]:
+    """The place to run at: the Ray cluster of this job or machine, a local Ray for the time being, or this process."""
+    os.environ |= {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if scale.launcher == "none":
+        yield _InProcess(scale)
+        return
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        try:
+            # What Ray and its workers print stays in Ray's own logs; our warnings come by mail.
+            ray.init(
+                include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, runtime_env=_runtime_env()
+            )
+        except (ConnectionError, RuntimeError) as error:
+            raise ValueError(
+                f"Ray cannot be reached: {str(error).strip().splitlines()[0]}; check RAY_ADDRESS and the token "
+                "(RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH), `ray stop` what is left of an earlier cluster, or use "
+                "--scale.launcher none"
+            ) from error
+        except OSError as error:
+            raise ValueError(
+                f"Ray cannot start: {error}; it keeps a token in ~/.ray and its files in /tmp/ray: make both writable, "
+                "or set HOME and RAY_TMPDIR"
+            ) from error
+    try:
+        yield _OnRay(scale)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def in_ray_job() -> bool:
+    """Whether this process was started by `ray job submit` (in a temporary copy of the working directory)."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+class _InProcess:
+    """One worker: the calling process."""
+
+    num_nodes = num_workers = 1
+
+    def __init__(self, scale: Scale) -> None:
+        self.scale = scale
+
+    def run(
+        self, function: Callable[[Worker], None], *, title: str, folder: Path, num_workers: int | None = None
+    ) -> None:
+        threads = torch.get_num_threads()
+        if self.scale.num_threads is not None:
+            torch.set_num_threads(self.scale.num_threads)
+        try:
+            with _signals() as received, _Bar(title) as bar, _log_file(folder):
+                function(Worker(0, 1, lambda metrics: None, bar.update, lambda: bool(received)))
+        except FloatingPointError as error:
+            raise ValueError(str(error)) from error
+        finally:
+            torch.set_num_threads(threads)
+        _exit_if_stopped(received)
+
+
+class _OnRay:
+    """Workers of Ray Train; the driver draws the bar and passes on the user's wish to stop."""
+
+    def __init__(self, scale: Scale) -> None:
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        num_cpus, num_gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+        self.scale = scale
+        self.num_nodes = sum(1 for node in nodes if node.get("CPU", 0) or node.get("GPU", 0))
+        self.use_gpu = num_gpus > 0
+        self.num_workers = scale.num_workers or int(num_gpus) or 2
+        # The driver takes no CPU. Two workers share a single core rather than wait for ever for a second one.
+        self.cpus = 1.0 if self.use_gpu else min(1.0, math.floor(100 * num_cpus / self.num_workers) / 100)
+        if self.use_gpu and self.num_workers > num_gpus:
+            logger.warning(
+                "scale.num_workers=%d, but the cluster has %d GPUs: waiting for more", self.num_workers, num_gpus
+            )
+
+    def run(
+        self, function: Callable[[Worker], None], *, title: str, folder: Path, num_workers: int | None = None
+    ) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.config import LoggingConfig
+
+        world = num_workers or self.num_workers
+        mail, scale, directory = _Mail(uuid.uuid4().hex), self.scale, os.getcwd()
+
+        def worker() -> None:  # by value: it carries what the workers need
+            _work(function, mail=mail, scale=scale, folder=folder, directory=directory)
+
+        trainer = TorchTrainer(
+            worker,
+            scaling_config=ScalingConfig(
+                num_workers=world, use_gpu=self.use_gpu, resources_per_worker={"CPU": self.cpus} | self._gpu()
+            ),
+            torch_config=TorchConfig(timeout_s=scale.timeout_seconds),
+            run_config=RunConfig(
+                storage_path=str(folder.absolute()),
+                name="ray",
+                failure_config=FailureConfig(max_failures=scale.max_failures),
+                logging_config=LoggingConfig(log_level="CRITICAL"),
+            ),
+        )
+        try:
+            # fit() waits in a thread of its own, so that this one can draw and hear signals.
+            with _signals() as received, _Bar(title) as bar, ThreadPoolExecutor(1) as pool:
+                fitted = pool.submit(trainer.fit)
+                self._attend(lambda: not wait([fitted], _POLL_SECONDS).not_done, mail, bar, received)
+                mistake, cause, error = mail.get("mistake"), mail.get("cause"), fitted.exception()
+        finally:
+            mail.close()
+        if mistake is not None:
+            raise ValueError(mistake)
+        if error is not None:
+            first = cause or f"a worker died ({error})"
+            raise RuntimeError(
+                f"{title}: the workers failed, also after scale.max_failures={scale.max_failures} restarts; the newest "
+                f"checkpoint is kept, and the same command goes on from it. First cause: {first}"
+            )
+        _exit_if_stopped(received)
+
+    def _attend(self, finished: Callable[[], bool], mail: "_Mail", bar: "_Bar", received: list[int]) -> None:
+        attempt = 1
+        while not finished():
+            if received and mail.get("stop") is None:
+                mail.put("stop", True)
+                bar.say("stopping after this step, with a checkpoint; once more stops at once")
+            if len(received) > 1:
+                raise SystemExit(128 + received[0])
+            if (found := mail.get("attempt") or 1) > attempt:
+                attempt = found
+                why = (mail.get("cause") or "a worker died").strip().splitlines()[-1]
+                bar.say(f"workers restarted, {attempt - 1} of at most {self.scale.max_failures} times: {why}")
+            for text in mail.take("warnings"):
+                bar.say(text)
+            if (state := mail.get("progress")) is not None:
+                bar.update(*state)
+
+    def _gpu(self) -> dict[str, float]:
+        return {"GPU": 1} if self.use_gpu else {}
+
+
+def _work(function: Callable[[Worker], None], *, mail: "_Mail", scale: Scale, folder: Path, directory: str) -> None:
+    """What runs on each worker."""
+    import ray
+    import ray.train
+
+    if mail.get("mistake") is not None:
+        return  # an earlier attempt found what a restart cannot mend
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    if rank == 0:
+        mail.put("attempt", (mail.get("attempt") or 0) + 1)
+
+    os.environ |= {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    if os.path.isdir(directory):
+        os.chdir(directory)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        here = ray.get_runtime_context().get_node_id()
+        cores = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == here)
+        torch.set_num_threads(scale.num_threads or max(1, int(cores) // context.get_local_world_size()))
+
+    asked = 0.0
+
+    def stop() -> bool:
+        nonlocal asked
+        if rank != 0 or time.monotonic() - asked < _POLL_SECONDS:
+            return False
+        asked = time.monotonic()
+        return mail.get("stop") is not None
+
+    def progress(done: int, total: int, values: Mapping[str, float]) -> None:
+        mail.put("progress", [done, total, dict(values)])
+
+    try:
+        with _log_file(folder) if rank == 0 else contextlib.nullcontext(), _mailed_warnings(mail):
+            function(Worker(rank, world, ray.train.report, progress, stop))
+    except _MISTAKES as error:
+        mail.put("mistake", str(error), overwrite=False)
+        raise
+    except Exception as error:
+        mail.put("cause", "".join(traceback.format_exception(error)), overwrite=False)
+        raise
+
+
+@dataclass(frozen=True)
+class _Mail:
+    """Small values shared by the driver and the workers of one run, in the cluster's own key-value store.
+
+    That costs no process and less than a millisecond, works between nodes, and is behind Ray's token. (An actor would
+    cost a process on a machine of two cores; `ray.train.report` is a barrier.)
+    """
+
+    run: str
+
+    def put(self, name: str, value: Any, *, overwrite: bool = True) -> None:
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        _internal_kv_put(f"{self.run}/{name}", json.dumps(value), overwrite, namespace=_NAMESPACE)
+
+    def get(self, name: str) -> Any:
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        content = _internal_kv_get(f"{self.run}/{name}", namespace=_NAMESPACE)
+        return None if content is None else json.loads(content)
+
+    def take(self, folder: str) -> list[Any]:
+        """The values put under `folder`/, which are then gone."""
+        from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_list
+
+        keys = _internal_kv_list(f"{self.run}/{folder}/", namespace=_NAMESPACE)
+        values = [self.get(key.decode().removeprefix(f"{self.run}/")) for key in keys]
+        for key in keys:
+            _internal_kv_del(key, namespace=_NAMESPACE)
+        return values
+
+    def close(self) -> None:
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        _internal_kv_del(f"{self.run}/", del_by_prefix=True, namespace=_NAMESPACE)
+
+
+@contextlib.contextmanager
+def _mailed_warnings(mail: _Mail) -> Iterator[None]:
+    """Send our warnings to the driver."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            mail.put(f"warnings/{uuid.uuid4().hex}", record.getMessage())
+
+    handler, log = Handler(logging.WARNING), logging.getLogger("distributed_inr")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+class _Bar:
+    """One progress bar: drawn on a terminal, a line now and then in a file."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.drawn = title, sys.stderr.isatty()
+        self.bar: tqdm | None = None
+        self.start, self.begin, self.shown, self.last = time.monotonic(), 0, 0.0, ""
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif self.last:
+            print(self.last, file=sys.stderr, flush=True)
+
+    def update(self, done: int, total: int, values: Mapping[str, float]) -> None:
+        postfix = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "samples/s")
+        if self.drawn:
+            if self.bar is None:
+                self.bar = tqdm(desc=self.title, total=total, initial=done, unit=" samples", dynamic_ncols=True)
+            self.bar.set_postfix_str(postfix, refresh=False)
+            self.bar.n = done
+            self.bar.refresh()
+            return
+        now = time.monotonic()
+        if not self.last:
+            self.start, self.begin = now, done
+        rate = values.get("samples/s") or (done - self.begin) / max(now - self.start, 1e-9)
+        shown = dict(prefix=self.title, unit=" samples", rate=rate or None, postfix=postfix, ncols=120, ascii=True)
+        self.last = tqdm.format_meter(done, total, now - self.start, **shown)
+        if now - self.shown > _LINE_SECONDS:
+            self.shown = now
+            print(self.last, file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        tqdm.write(f"{self.title}: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The SIGINTs and SIGTERMs received, instead of their usual effect; a third SIGINT has it again."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def hear(number: int, frame: Any) -> None:
+        received.append(number)
+        if len(received) > 2:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_if_stopped(received: list[int]) -> None:
+    if received:
+        logger.warning("stopped; the same command goes on from the newest checkpoint")
+        raise SystemExit(128 + received[0])
+
+
+@contextlib.contextmanager
+def _log_file(folder: Path) -> Iterator[None]:
+    """Append our log lines, and Python's warnings, to `folder`/log.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / "log.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    loggers = [logging.getLogger("distributed_inr"), logging.getLogger("py.warnings")]
+    levels = [log.level for log in loggers]
+    showwarning = warnings.showwarning
+    logging.captureWarnings(True)
+    loggers[1].propagate = False
+    for log in loggers:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.removeHandler(handler)
+            log.setLevel(level)
+        loggers[1].propagate = True
+        logging.captureWarnings(False)
+        warnings.showwarning = showwarning
+        handler.close()
+
+
+def _runtime_env() -> dict[str, Any]:
+    """Makes this package importable in the workers where it is not installed."""
+    import importlib.metadata
+
+    import distributed_inr
+
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.distribution("distributed_inr")
+        return {}
+    package = Path(distributed_inr.__file__).parent
+    settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    if "working_dir" in settings:
+        return {}  # the job brought it along
+    return {"py_modules": [str(package)]}
