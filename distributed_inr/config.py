@@ -108,7 +108,7 @@ def parse(argv: Sequence[str], presets: Mapping[str, Callable[[], C]], *, defaul
     value = override(value, kinds)
 
     fields = leaves(type(value), value)
-    parser = _Parser(
+    parser = Parser(
         usage=f"{sys.argv[0]} [preset] [--field value ...]",
         description=f"{description}\n\npresets: {', '.join(presets)} (default: {default})",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -146,7 +146,9 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Mistakes on the command line become ValueErrors: one line, like every other mistake."""
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; --help lists every flag")
 

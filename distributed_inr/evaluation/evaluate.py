@@ -1,0 +1,335 @@
+"""Evaluation of a finished run, from held-out data: `evaluation.json`, pictures and `report.md`.
+
+Everything runs in the calling process, on the GPU where there is one, with the weights that the run ended with.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distributed_inr.data.reader import ShardDataset
+from distributed_inr.domains.domain import Signal, collate
+from distributed_inr.domains.image import resize_area
+from distributed_inr.evaluation import metrics, report
+from distributed_inr.field import Field
+from distributed_inr.generation import FieldModel, load, load_weights
+
+Progress = Callable[[int, int, dict[str, float]], None]
+"""Called with (pictures done, of how many, {})."""
+
+MAX_TRAINING_PICTURES = 2048
+"""Training pictures, evenly spaced, that the mean picture and the nearest neighbours are taken from."""
+CHECKPOINT_SAMPLES = 128
+"""Samples drawn from each kept checkpoint of the prior, for the course of KID through training."""
+NEIGHBOUR_PIXELS = 64
+"""Distances to training pictures are taken at this many pixels a side, or at the domain's size if that is less."""
+SHOWN = 8
+"""Pictures across `reconstructions.png` and `neighbours.png`."""
+
+
+@torch.no_grad()
+def evaluate(run: str | Path, *, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure a run and write evaluation.json, four pictures and report.md; returns what evaluation.json holds.
+
+    Args:
+        run: a run folder.
+        out: where to write; None is the run folder.
+    """
+    begin = time.monotonic()
+    model = load(run)
+    experiment, folder = model.experiment, out or model.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made: {error.strerror}; choose another folder with --out") from None
+    training = Split(model, experiment.data.train)
+    held_out = None if experiment.data.val is None else Split(model, experiment.data.val)
+    bar = Bar(progress, model, training, held_out)
+    pictures = report.Pictures(size=experiment.domain.size)
+    result: dict[str, Any] = {"run": f"{experiment.family}/{experiment.name}"}
+    left_out: dict[str, str] = {}
+
+    known = _survey(training, bar)
+    if held_out is None:
+        left_out["val"] = "data.val is not set: there is nothing held out to reconstruct"
+    else:
+        result["val"] = _reconstructions(model, held_out, known, pictures, bar)
+    if model.prior is None:
+        left_out["samples"] = f"{model.folder}/prior/model.safetensors does not exist: the prior is not trained"
+    else:
+        samples = model.sample_latents(_num_samples(model), seed=experiment.seed)
+        shown = _render_samples(model, samples, pictures, bar)
+        result["samples"] = _neighbours(shown, training, held_out, known, pictures)
+        result["samples"] |= _distances(model, shown, training, held_out, bar, left_out)
+
+    result |= {"left_out": left_out, "seconds": round(time.monotonic() - begin, 1)}
+    names = pictures.write(folder)
+    partial = folder / "evaluation.json.partial"
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    partial.replace(folder / "evaluation.json")
+    (folder / "report.md").write_text(report.markdown(experiment, result, names))
+    bar.finish()
+    return result
+
+
+class Split:
+    """The training or the held-out set of a run, in batches on the model's device."""
+
+    def __init__(self, model: FieldModel, url: str) -> None:
+        experiment = model.experiment
+        index = experiment.data.index(url)
+        self.dataset: ShardDataset = experiment.data.dataset(index, read=experiment.domain.read, seed=experiment.seed)
+        self.domain, self.device = experiment.domain, model.device
+        self.batch_size = experiment.evaluation.batch_size
+
+    def spread(self, most: int) -> list[int]:
+        """Numbers of at most `most` samples, evenly spaced over the set's own order."""
+        return spread(len(self.dataset), most)
+
+    def batches(self, numbers: Sequence[int]) -> Iterator[Signal]:
+        """The samples of those numbers, without the bad ones."""
+        return (signal for _, signal in self.numbered_batches(numbers))
+
+    def numbered_batches(self, numbers: Sequence[int]) -> Iterator[tuple[list[int], Signal]]:
+        for first in range(0, len(numbers), self.batch_size):
+            part = [(number, *self.dataset.signal(number)) for number in numbers[first : first + self.batch_size]]
+            good = {number: signal for number, signal, is_good in part if is_good}
+            if good:
+                yield list(good), collate(list(good.values())).to(self.device)
+
+    def one(self, number: int) -> Signal:
+        return collate([self.dataset.signal(number)[0]]).to(self.device)
+
+
+class Known:
+    """What is kept of the training pictures: their mean, and small versions of them and of their augmented copies."""
+
+    def __init__(self, numbers: list[int], mean: Tensor, copies: list[Tensor]) -> None:
+        self.numbers, self.mean, self.copies = numbers, mean, copies
+
+    def nearest(self, thumbnails: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Distance of each thumbnail to its nearest training picture, and that one's (number, copy)."""
+        distances, indices = metrics.nearest(thumbnails.flatten(1), torch.cat(self.copies).flatten(1))
+        places = [(self.numbers[i % len(self.numbers)], i // len(self.numbers)) for i in indices[:, 0].tolist()]
+        return distances[:, 0], places
+
+
+def _survey(training: Split, bar: "Bar") -> Known:
+    numbers = training.spread(MAX_TRAINING_PICTURES)
+    total: Tensor | float = 0.0
+    kept, copies = [], []
+    for part, signal in training.numbered_batches(numbers):
+        kept += part
+        total = total + _unit(signal.inputs).double().sum(0)
+        copies.append([thumbnails(_unit(copy.inputs)) for copy in training.domain.copies(signal)])
+        bar.advance(len(part))
+    together = [torch.cat(parts) for parts in zip(*copies, strict=True)]
+    return Known(kept, torch.as_tensor(total).float() / len(kept), together)
+
+
+def _reconstructions(
+    model: FieldModel, held_out: Split, known: Known, pictures: report.Pictures, bar: "Bar"
+) -> dict[str, Any]:
+    """Measures of held-out signals in posterior mean: means over pictures."""
+    domain, size, finest = model.domain, model.domain.size, max(model.domain.resolutions)
+    numbers = held_out.spread(model.experiment.evaluation.max_reconstructions)
+    latent_numbers = torch.Size(model.autoencoder.latent_shape).numel()
+    shown, done = set(spread(len(numbers), SHOWN)), 0
+    values: dict[str, list[Tensor]] = {}
+    for signal in held_out.batches(numbers):
+        assert signal.targets is not None
+        fields, truth = model.encode(signal), _unit(signal.inputs)
+        found, thumbnail = fields.render(size), metrics.thumbnail(truth, numbers=latent_numbers)
+        measured = {name: metrics.METRICS[name](found, truth) for name in domain.metrics}
+        measured["bicubic_same_numbers"] = metrics.psnr(thumbnail, truth)
+        measured["mean_image"] = metrics.psnr(known.mean.expand_as(truth), truth)
+        columns = {"held out": truth, "its function": found, f"bicubic from, {latent_numbers} numbers": thumbnail}
+        if finest > size:  # the same functions on finer pixels, against the source that the encoder never saw
+            fine_truth, read_out = _unit(resize_area(signal.targets, finest)), fields.render(finest)
+            enlarged = metrics.enlarge(found, finest)
+            measured[f"psnr_{finest}"] = metrics.psnr(read_out, fine_truth)
+            measured[f"bicubic_enlargement_{finest}"] = metrics.psnr(enlarged, fine_truth)
+            columns |= {f"held out, {finest} px": fine_truth, f"its function, {finest} px": read_out}
+        for name, value in measured.items():
+            values.setdefault(name, []).append(value.cpu())
+        for row in range(len(signal)):
+            if done + row in shown:
+                pictures.reconstructions.append({name: column[row].cpu() for name, column in columns.items()})
+        done += len(signal)
+        bar.advance(len(signal))
+    means = {name: torch.cat(parts).double().mean().item() for name, parts in values.items()}
+    return {**means, "latent_numbers": latent_numbers, "pictures": done, "mean_image_of": len(known.numbers)}
+
+
+def _render_samples(
+    model: FieldModel, latents: Tensor, pictures: report.Pictures, bar: "Bar"
+) -> Float[Tensor, "batch 3 height width"]:
+    """Samples at the base resolution; the first few also at four times that, for the sheets."""
+    size, few = model.domain.size, model.experiment.sampling.count
+    base = torch.cat([fields.render(size).cpu() for fields in _decode(model, latents)])
+    fine = torch.cat([fields.render(4 * size).cpu() for fields in _decode(model, latents[:few])])
+    pictures.samples = {size: base[:few], 4 * size: fine}
+    bar.advance(len(latents))
+    return base
+
+
+def _neighbours(
+    samples: Tensor, training: Split, held_out: Split | None, known: Known, pictures: report.Pictures
+) -> dict[str, Any]:
+    """How far samples are from the training pictures, beside how far held-out pictures are."""
+    distances, places = known.nearest(thumbnails(samples.to(training.device)))
+    side = known.copies[0].shape[-1]
+    found: dict[str, Any] = {
+        "median": distances.median().item(),
+        "smallest": distances.min().item(),
+        "distance": f"root mean square over the pixels, in [0, 1], at {side} x {side}; to the nearest training picture "
+        "or its augmented copy",
+        "samples": len(samples),
+        "training_pictures": len(known.numbers),
+    }
+    if held_out is not None:
+        batches = held_out.batches(held_out.spread(len(samples)))
+        calibration = torch.cat([known.nearest(thumbnails(_unit(signal.inputs)))[0] for signal in batches])
+        found |= {"held_out_median": calibration.median().item(), "held_out_pictures": len(calibration)}
+        pictures.held_out_distance = found["held_out_median"]
+    for sample, distance, (number, copy) in list(zip(samples, distances.tolist(), places, strict=True))[:SHOWN]:
+        neighbour = training.domain.copies(training.one(number))[copy]
+        pictures.neighbours.append((sample, _unit(neighbour.inputs[0]).cpu(), distance))
+    return {"neighbours": found}
+
+
+def _distances(
+    model: FieldModel,
+    samples: Tensor,
+    training: Split,
+    held_out: Split | None,
+    bar: "Bar",
+    left_out: dict[str, str],
+) -> dict[str, Any]:
+    """Distances between the distributions of samples and of training pictures, on networks' features."""
+    evaluation, size = model.experiment.evaluation, model.domain.size
+    if evaluation.num_samples < 2:
+        reason = f"evaluation.num_samples={evaluation.num_samples}: distances between distributions need 2 or more"
+        left_out |= {"kid_efficientnet_lite0": reason, "fid, precision, recall": reason}
+        return {}
+    samples = samples[: evaluation.num_samples]
+    numbers = training.spread(2 * len(samples))
+
+    network = metrics.EfficientNetLite0().to(model.device)
+    reference = _features(network, (_unit(signal.inputs) for signal in training.batches(numbers)), bar)
+    value, error = metrics.kid(_features(network, samples.split(evaluation.batch_size), bar), reference)
+    kid = {
+        "value": value,
+        "standard_error": error,
+        "network": f"EfficientNet-Lite0 (ImageNet), pictures of {size} px brought to {metrics.EFFICIENTNET_PIXELS}",
+        "samples": len(samples),
+        "training_pictures": len(reference),
+    }
+    if held_out is not None:
+        batches = held_out.batches(held_out.spread(len(samples)))
+        value, error = metrics.kid(_features(network, (_unit(signal.inputs) for signal in batches), bar), reference)
+        kid |= {"held_out_value": value, "held_out_standard_error": error}
+    course = []
+    for path in _checkpoints(model.folder):
+        prior = model.experiment.prior.build(model.autoencoder.latent_shape)
+        load_weights(prior, path)
+        then = FieldModel(model.experiment, model.folder, model.autoencoder, prior.to(model.device), model.device)
+        latents = then.sample_latents(min(CHECKPOINT_SAMPLES, len(samples)), seed=model.experiment.seed)
+        drawn = (fields.render(size) for fields in _decode(then, latents))
+        value, error = metrics.kid(_features(network, drawn, bar), reference)
+        seen = int(path.parent.name)
+        course.append({"samples_seen": seen, "value": value, "standard_error": error, "samples": len(latents)})
+    found: dict[str, Any] = {"kid_efficientnet_lite0": kid, "kid_efficientnet_lite0_by_checkpoint": course}
+
+    if evaluation.inception_weights is None:
+        left_out["fid, precision, recall"] = "evaluation.inception_weights is not set; no package brings these weights"
+    else:
+        inception = metrics.Inception(Path(evaluation.inception_weights).expanduser()).to(model.device)
+        reference = _features(inception, (_unit(signal.inputs) for signal in training.batches(numbers)), bar)
+        measured = metrics.frechet_precision_recall(
+            _features(inception, samples.split(evaluation.batch_size), bar), reference
+        )
+        found["inception"] = {
+            **measured,
+            "weights_sha256": inception.sha256,
+            "samples": len(samples),
+            "training_pictures": len(reference),
+        }
+    return found
+
+
+class Bar:
+    """Counts pictures against how many there will be."""
+
+    def __init__(self, progress: Progress | None, model: FieldModel, training: Split, held_out: Split | None) -> None:
+        self.progress, self.done = progress, 0
+        evaluation = model.experiment.evaluation
+        self.total = len(training.spread(MAX_TRAINING_PICTURES))
+        if held_out is not None:
+            self.total += len(held_out.spread(evaluation.max_reconstructions))
+        if model.prior is not None:
+            self.total += _num_samples(model)
+            if evaluation.num_samples >= 2:
+                networks = 1 if evaluation.inception_weights is None else 2
+                self.total += networks * (evaluation.num_samples + len(training.spread(2 * evaluation.num_samples)))
+                self.total += 0 if held_out is None else len(held_out.spread(evaluation.num_samples))
+                self.total += min(CHECKPOINT_SAMPLES, evaluation.num_samples) * len(_checkpoints(model.folder))
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(min(self.done, self.total), self.total, {})
+
+    def finish(self) -> None:
+        self.advance(self.total - self.done)
+
+
+def spread(length: int, most: int) -> list[int]:
+    """At most `most` of `length` numbers, evenly spaced."""
+    count = min(length, most)
+    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
+
+
+def thumbnails(pictures: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 side side"]:
+    """Pictures at the size that distances to training pictures are taken at."""
+    side = min(NEIGHBOUR_PIXELS, pictures.shape[-1])
+    if side == pictures.shape[-1]:
+        return pictures
+    return nn.functional.interpolate(pictures, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def _unit(pixels: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1]."""
+    return (pixels + 1) / 2
+
+
+def _num_samples(model: FieldModel) -> int:
+    return max(model.experiment.evaluation.num_samples, model.experiment.sampling.count)
+
+
+def _decode(model: FieldModel, latents: Tensor) -> Iterator[Field]:
+    """The functions of many latents, a batch at a time: basis fields are much larger than latents."""
+    for part in latents.split(model.experiment.evaluation.batch_size):
+        yield model.decode(part)
+
+
+def _features(network: nn.Module, batches: Iterator[Tensor] | Sequence[Tensor], bar: Bar) -> Tensor:
+    parts = []
+    for pictures in batches:
+        device = next(network.buffers()).device
+        parts.append(network(pictures.to(device)).cpu())
+        bar.advance(len(pictures))
+    return torch.cat(parts)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Weights to sample with of each complete checkpoint of the prior, oldest first: averaged ones where there are."""
+    complete = sorted(path.parent for path in (folder / "prior" / "checkpoints").glob("*/manifest.json"))
+    pairs = [(path / "ema.safetensors", path / "model.safetensors") for path in complete if path.name.isdigit()]
+    return [averaged if averaged.is_file() else plain for averaged, plain in pairs]

@@ -1,0 +1,326 @@
+"""Generation: a finished run as a model whose samples are functions, and those functions as files.
+
+    model = load("runs/ddmi/furniture-image")
+    fields = model.sample(4, seed=0)             # four functions
+    fields = model.encode("chair.png")           # one's own picture as a function
+    fields.render(resolution=256)
+
+Needs neither Ray nor DeepSpeed nor webdataset.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from distributed_inr.config import from_json
+from distributed_inr.data import pictures
+from distributed_inr.domains import AnyDomain, Signal
+from distributed_inr.domains.domain import seeds_for
+from distributed_inr.experiment import Experiment
+from distributed_inr.field import Field
+from distributed_inr.models import FieldAutoencoder, LatentPrior
+from distributed_inr.models.latent_prior import Sampler
+
+MAX_RESOLUTION = 16_384
+"""Pixels a side of the largest picture that the jobs write (3.2 GB in memory)."""
+
+_DECODE_TOGETHER = 16
+_SHEET_PICTURES = 64
+_SHEET_CELL = 256
+
+
+@dataclass(frozen=True)
+class FieldModel:
+    """The domain, autoencoder and prior of a finished run, in evaluation mode.
+
+    Attributes:
+        prior: None while a run has only its autoencoder; such a model encodes but does not sample.
+    """
+
+    experiment: Experiment
+    folder: Path
+    autoencoder: FieldAutoencoder
+    prior: LatentPrior | None
+    device: torch.device
+
+    @property
+    def domain(self) -> AnyDomain:
+        return self.experiment.domain
+
+    def sample(
+        self,
+        count: int,
+        *,
+        seed: int = 0,
+        start: int = 0,
+        steps: int | None = None,
+        sampler: Sampler | None = None,
+    ) -> Field:
+        """Draw functions. The i-th depends on (seed, start + i) only: large numbers can be drawn piece by piece.
+
+        Args:
+            steps: network evaluations a sample; None takes the run's own, as for `sampler`.
+        """
+        return self.decode(self.sample_latents(count, seed=seed, start=start, steps=steps, sampler=sampler))
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        count: int,
+        *,
+        seed: int = 0,
+        start: int = 0,
+        steps: int | None = None,
+        sampler: Sampler | None = None,
+    ) -> Float[Tensor, "count *latent_shape"]:
+        """The latents of `sample`, drawn `sampling.batch_size` at a time."""
+        if self.prior is None:
+            raise ValueError(f"{self.folder}/prior/model.safetensors does not exist: {_UNFINISHED}")
+        if count < 1:
+            raise ValueError(f"count={count} must be at least 1")
+        sampling = self.experiment.sampling
+        seeds = seeds_for(seed, count, start).split(sampling.batch_size)
+        parts = [
+            self.prior.sample(part.to(self.device), sampler=sampler or sampling.sampler, steps=steps or sampling.steps)
+            for part in seeds
+        ]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def encode(self, source: str | Path | Sequence[str | Path] | Signal) -> Field:
+        """One's own files, or a batch of signals, as functions (the posterior mean)."""
+        if not isinstance(source, Signal):
+            paths = [source] if isinstance(source, str | Path) else list(source)
+            source = _batch([read_file(self.domain, Path(path)) for path in paths])
+        return self.decode(self.autoencoder.encode(source.to(self.device)))
+
+    @torch.no_grad()
+    def decode(self, latent: Float[Tensor, "batch *latent_shape"]) -> Field:
+        """The functions that latents stand for."""
+        return self.autoencoder.decode(latent.to(self.device))
+
+
+def load(run: str | Path, *, device: str | torch.device | None = None) -> FieldModel:
+    """Rebuild a run's model from its config.json and safetensors (float16 files become float32).
+
+    Args:
+        run: a run folder, such as runs/ddmi/furniture-image.
+        device: None takes a GPU where there is one.
+    """
+    folder = Path(run).expanduser()
+    experiment = read_experiment(folder)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    autoencoder = experiment.autoencoder.build(experiment.domain)
+    load_weights(autoencoder, folder / "autoencoder" / "model.safetensors")
+    prior = None
+    if (folder / "prior" / "model.safetensors").exists():
+        prior = experiment.prior.build(autoencoder.latent_shape)
+        load_weights(prior, folder / "prior" / "model.safetensors")
+        prior = prior.to(device)
+    return FieldModel(experiment, folder, autoencoder.to(device), prior, device)
+
+
+def read_experiment(folder: Path) -> Experiment:
+    """The resolved config of a run folder."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give a run folder, such as runs/ddmi/furniture-image")
+    if not path.is_file():
+        inside = sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")])
+        hint = f"did you mean {inside[0].parent}?" if inside else "give the folder that a training job wrote"
+        raise ValueError(f"{folder} is not a run folder: it has no config.json; {hint}")
+    try:
+        return from_json(Experiment, path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Read weights into a freshly built module and set it to evaluation mode, without gradients."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: {_UNFINISHED}")
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}; copy the run again or retrain it") from None
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    if expected != found:
+        name = min(name for name in expected | found if expected.get(name) != found.get(name))
+        shapes = [list(shape) if shape is not None else "absent" for shape in (found.get(name), expected.get(name))]
+        raise ValueError(
+            f"{path} does not fit the run's config.json: {name} is {shapes[0]} in the file and {shapes[1]} in the "
+            "model; both must come from the same run"
+        )
+    module.load_state_dict({name: w.float() if w.is_floating_point() else w for name, w in weights.items()})
+    module.eval().requires_grad_(False)
+
+
+def read_file(domain: AnyDomain, path: Path) -> Signal:
+    """One's own file as a batch of one signal: a picture, upright, its central square."""
+    try:
+        picture = pictures.decode(path.read_bytes(), max_pixels=domain.max_pixels)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a usable picture: {error}; PNG, JPEG and WebP are read") from None
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
+    return domain.signal(pixels.permute(2, 0, 1), key=path.name)
+
+
+def sample_files(
+    model: FieldModel,
+    out: Path | None = None,
+    *,
+    count: int = 16,
+    resolution: int | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    sampler: Sampler | None = None,
+) -> list[Path]:
+    """Write `count` samples, each to a file of its own, and one sheet of them. Returns their paths, the sheet last.
+
+    Args:
+        out: None takes `samples` inside the run folder, or in the working directory where the run is read-only.
+        resolution: pixels a side; None takes the domain's base resolution.
+    """
+    resolution = _check_resolution(resolution or model.domain.size)
+    latents = model.sample_latents(count, seed=seed, steps=steps, sampler=sampler)
+    out = _make_folder(out or default_folder(model.folder, "samples"))
+    stem, digits = f"seed{seed}-{resolution}px", max(3, len(str(count - 1)))
+    paths, shown = [], []
+    for latent in latents:
+        rendered = model.decode(latent[None]).render(resolution)[0].cpu()
+        paths.append(out / f"{stem}-{len(paths):0{digits}d}.png")
+        model.domain.save(rendered, paths[-1])
+        if len(shown) < _SHEET_PICTURES:
+            shown.append(fit(rendered, min(_SHEET_CELL, max(resolution, 128))))
+    columns = min(8, max(1, round(len(shown) ** 0.5)))
+    rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
+    paths.append(out / f"{stem}-sheet.png")
+    sheet(rows).save(paths[-1])
+    return paths
+
+
+def reconstruct_files(
+    model: FieldModel, files: Sequence[str | Path], out: Path | None = None, *, resolution: int | None = None
+) -> list[Path]:
+    """Write each picture as its function sees it, at any resolution, and a sheet with the original beside it.
+
+    Args:
+        out: None takes `reconstructions` inside the run folder, or in the working directory where the run is read-only.
+        resolution: pixels a side; None takes the domain's base resolution.
+    """
+    size = model.domain.size
+    resolution = _check_resolution(resolution or size)
+    signals = [read_file(model.domain, Path(file)) for file in files]  # all are read before anything is written
+    out = _make_folder(out or default_folder(model.folder, "reconstructions"))
+    paths: list[Path] = []
+    for file, signal in zip(files, signals, strict=True):
+        rendered = model.encode(signal).render(resolution)[0].cpu()
+        stem = f"{Path(file).stem}-{resolution}px"
+        while out / f"{stem}.png" in paths:
+            stem += "-again"
+        paths.append(out / f"{stem}.png")
+        model.domain.save(rendered, paths[-1])
+
+        assert signal.targets is not None
+        original, seen = signal.targets[0] / 255, (signal.inputs[0] + 1) / 2
+        titles = ["original", "what the encoder saw", "its function"]
+        row = [fit(picture, min(max(resolution, 256), 1024)) for picture in (original, seen, rendered)]
+        titles = [f"{t}, {p.shape[-1]} px" for t, p in zip(titles, (original, seen, rendered), strict=True)]
+        paths.append(out / f"{stem}-beside.png")
+        sheet([row], column_titles=titles).save(paths[-1])
+    return paths
+
+
+def default_folder(run: Path, name: str) -> Path:
+    """`name` inside the run folder, or in the working directory where the run is read-only."""
+    return run / name if os.access(run, os.W_OK) else Path(name)
+
+
+def fit(picture: Float[Tensor, "3 height width"], size: int) -> Image.Image:
+    """A picture in [0, 1] at a size to look at: reduced by Lanczos, enlarged by whole pixels where that is possible."""
+    array = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    image = Image.fromarray(array)
+    return image.resize((size, size), Image.Resampling.LANCZOS if image.width > size else Image.Resampling.NEAREST)
+
+
+def sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    *,
+    labels: Sequence[Sequence[str]] | None = None,
+    row_titles: Sequence[str] | None = None,
+    column_titles: Sequence[str] | None = None,
+    title: str = "",
+) -> Image.Image:
+    """Pictures of one size in a grid on white, with a label under each and titles at the top and the left."""
+    cell = max((picture.width for row in rows for picture in row), default=1)
+    font = ImageFont.load_default(size=14)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+
+    def extent(text: str) -> tuple[int, int]:
+        left, top, right, bottom = measure.multiline_textbbox((0, 0), text, font=font)
+        return round(right - left), round(bottom - min(top, 0))
+
+    gap = 6
+    left = gap + (max(extent(text)[0] for text in row_titles) + 2 * gap if row_titles else 0)
+    head = gap + (extent(title)[1] + 2 * gap if title else 0)
+    top = head + (max(extent(text)[1] for text in column_titles) + gap if column_titles else 0)
+    under = max((extent(text)[1] + gap for row in labels or () for text in row if text), default=0)
+    columns = max(len(row) for row in rows)
+    width = max(left + columns * (cell + gap), (extent(title)[0] + 2 * gap) if title else 0)
+    canvas = Image.new("RGB", (width, top + len(rows) * (cell + under + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+
+    if title:
+        draw.multiline_text((gap, gap), title, fill="black", font=font)
+    for column, text in enumerate(column_titles or ()):
+        draw.multiline_text((left + column * (cell + gap) + cell / 2, head), text, "black", font, "ma", align="center")
+    for index, row in enumerate(rows):
+        y = top + index * (cell + under + gap)
+        if row_titles:
+            draw.multiline_text((gap, y + cell / 2), row_titles[index], "black", font, "lm")
+        for column, picture in enumerate(row):
+            x = left + column * (cell + gap)
+            canvas.paste(picture, (x, y))
+            if labels:
+                place = (x + cell / 2, y + cell + 2)
+                draw.multiline_text(place, labels[index][column], "black", font, "ma", align="center")
+    return canvas
+
+
+_UNFINISHED = "the run has not come that far; run its training job to the end, or give another run folder"
+
+
+def _batch(signals: Sequence[Signal]) -> Signal:
+    """Batches of one as one batch, without the targets, which may differ in size."""
+    return Signal(
+        key=[key for signal in signals for key in signal.key],
+        seed=torch.cat([signal.seed for signal in signals]),
+        position=torch.cat([signal.position for signal in signals]),
+        inputs=torch.cat([signal.inputs for signal in signals]),
+        text=[text for signal in signals for text in signal.text],
+    )
+
+
+def _check_resolution(resolution: int) -> int:
+    if not 1 <= resolution <= MAX_RESOLUTION:
+        raise ValueError(f"resolution={resolution} must lie in 1..{MAX_RESOLUTION} pixels a side")
+    return resolution
+
+
+def _make_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made: {error.strerror}; choose another folder with --out") from None
+    return folder

@@ -1,0 +1,39 @@
+"""Draw functions from a finished run and write them as pictures of any resolution.
+
+python jobs/sample.py runs/ddmi/furniture-image --count 16 --resolution 512 --seed 7
+"""
+
+import argparse
+import typing
+from pathlib import Path
+
+from distributed_inr.config import Parser, command
+from distributed_inr.generation import load, sample_files
+from distributed_inr.models.latent_prior import Sampler
+
+
+@command
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="run folder, such as runs/ddmi/furniture-image")
+    parser.add_argument("--count", type=int, default=16, help="how many (default: 16)")
+    parser.add_argument("--resolution", type=int, help="pixels a side (default: the run's base resolution)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws others (default: 0)")
+    parser.add_argument("--steps", type=int, help="network evaluations a sample (default: the run's sampling.steps)")
+    parser.add_argument("--sampler", choices=typing.get_args(Sampler), help="default: the run's sampling.sampler")
+    parser.add_argument("--out", type=Path, help="folder (default: samples in RUN, or here where RUN is read-only)")
+    given = parser.parse_args()
+    paths = sample_files(
+        load(given.run),
+        given.out,
+        count=given.count,
+        resolution=given.resolution,
+        seed=given.seed,
+        steps=given.steps,
+        sampler=given.sampler,
+    )
+    print(*paths, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
