@@ -20,6 +20,21 @@ _SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "hf", "http", "https", "memory")
 _ATTEMPTS = 4
 
 
+BUNDLED = Path(__file__).parents[2] / "examples" / "data"
+
+
+def resolve(url: str) -> str:
+    """The address itself, or, for `bundled:NAME`, where this checkout keeps that example set."""
+    if not url.startswith("bundled:"):
+        return url
+    path = BUNDLED / url.removeprefix("bundled:")
+    if not path.is_dir():
+        sets = sorted(str(index.parent.relative_to(BUNDLED)) for index in BUNDLED.glob("**/index.json"))
+        known = f"choose one of {', '.join(sets)}" if sets else "they come with a checkout of the repository: run from one"
+        raise ValueError(f"{url} is not among the bundled sets; {known}")
+    return str(path)
+
+
 def check_url(url: str, *, allow_pipe: bool = False) -> None:
     """Refuse addresses that would run a command or reach a machine's metadata service."""
     if url.startswith("pipe:"):
