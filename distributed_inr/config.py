@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Any, NoReturn, TypeVar, dataclass_transform
 
@@ -204,6 +204,6 @@ def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def _unknown(what: str, name: str, known: typing.Iterable[str]) -> str:
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
     return f"unknown {what} {name!r}; did you mean {nearest[0]}? --help lists all"
