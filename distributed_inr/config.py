@@ -88,7 +88,11 @@ def leaves(cls: type, value: Any, prefix: str = "") -> dict[str, tuple[Any, Any,
             variants = _variants(hints[field.name])
             if len(variants) > 1:
                 _, kind, _ = found[f"{path}.kind"]
-                found[f"{path}.kind"] = (str, kind, f"One of {', '.join(variants)}; another kind starts from its defaults.")
+                found[f"{path}.kind"] = (
+                    str,
+                    kind,
+                    f"One of {', '.join(variants)}; another kind starts from its defaults.",
+                )
         else:
             found[path] = (hints[field.name], current, cls.__pydantic_fields__[field.name].description or "")
     return found
@@ -104,7 +108,9 @@ def parse(argv: Sequence[str], presets: Mapping[str, Callable[[], C]], *, defaul
     if name not in presets:
         raise ValueError(_unknown("preset", name, presets))
     value = presets[name]()
-    kinds = {flag[2:].replace("-", "_"): kind for flag, kind in zip(argv, argv[1:], strict=False) if flag.endswith(".kind")}
+    kinds = {
+        flag[2:].replace("-", "_"): kind for flag, kind in zip(argv, argv[1:], strict=False) if flag.endswith(".kind")
+    }
     value = override(value, kinds)
 
     fields = leaves(type(value), value)
@@ -184,7 +190,9 @@ def _variants(hint: Any) -> list[str]:
     """The `kind` tags of a union of configs."""
     if typing.get_origin(hint) is typing.Annotated:
         hint = typing.get_args(hint)[0]
-    members = typing.get_args(hint) if isinstance(hint, UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    members = (
+        typing.get_args(hint) if isinstance(hint, UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    )
     return [typing.get_args(typing.get_type_hints(m)["kind"])[0] for m in members if "kind" in typing.get_type_hints(m)]
 
 

@@ -36,7 +36,9 @@ def normal(seeds: Int64[Tensor, " batch"], purpose: str, shape: tuple[int, ...])
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count].view(-1, *shape)
 
 
-def integers(seeds: Int64[Tensor, " batch"], purpose: str, shape: tuple[int, ...], high: int) -> Int64[Tensor, "batch ..."]:
+def integers(
+    seeds: Int64[Tensor, " batch"], purpose: str, shape: tuple[int, ...], high: int
+) -> Int64[Tensor, "batch ..."]:
     """Independent integers in [0, high) of `shape` for each seed; `high` is at most 2^31."""
     return (_shift_right(_bits(seeds, purpose, math.prod(shape)), 32) * high >> 32).view(-1, *shape)
 

@@ -183,9 +183,7 @@ def decode_image(record: Record, max_pixels: int) -> UInt8[Tensor, "3 height wid
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def resize_area(
-    pixels: UInt8[Tensor, "batch 3 height width"], size: int
-) -> Float[Tensor, "batch 3 size size"]:
+def resize_area(pixels: UInt8[Tensor, "batch 3 height width"], size: int) -> Float[Tensor, "batch 3 size size"]:
     """Reduce 8-bit pictures to `size` pixels (antialiased bicubic) and map them to [-1, 1]; never enlarges."""
     assert size <= pixels.shape[-1]
     pictures = _to_unit(pixels)

@@ -150,14 +150,18 @@ class ReadOut(nn.Module):
         self.coarse_to_fine = cfg.conditioning == "coarse-to-fine"
         width, channels = cfg.readout_width, cfg.field_channels
         first = (channels if self.coarse_to_fine else channels * num_fields) + view_dim
-        joins = [channels + view_dim if self.coarse_to_fine and i < num_fields else 0 for i in range(cfg.readout_blocks)]
+        joins = [
+            channels + view_dim if self.coarse_to_fine and i < num_fields else 0 for i in range(cfg.readout_blocks)
+        ]
         self.blocks = nn.ModuleList(
             ReadOutBlock(first if i == 0 else width + join, width) for i, join in enumerate(joins)
         )
         self.out = nn.Linear(width, value_dim)
 
     def forward(
-        self, embeddings: list[Float[Tensor, "batch points channels"]], view: Float[Tensor, "batch points view_dim"] | None
+        self,
+        embeddings: list[Float[Tensor, "batch points channels"]],
+        view: Float[Tensor, "batch points view_dim"] | None,
     ) -> Float[Tensor, "batch points value_dim"]:
         seen = [] if view is None else [view.to(embeddings[0].dtype)]
         if not self.coarse_to_fine:

@@ -69,9 +69,7 @@ class ConvolutionalEncoder(nn.Module):
             blocks += [ResidualBlock(previous if i == 0 else width, width) for i in range(cfg.num_blocks)]
             self.levels.append(nn.Sequential(*blocks))
         self.middle = Middle(widths[-1])
-        self.head = nn.Sequential(
-            group_norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], out_channels, 3, padding=1)
-        )
+        self.head = nn.Sequential(group_norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], out_channels, 3, padding=1))
 
     def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels h w"]:
         hidden = self.stem(pixels)

@@ -72,7 +72,9 @@ class LatentDiffusionModel(LatentPrior):
     ) -> Float[Tensor, "count *latent_shape"]:
         """Ancestral sampling (DDMI, section 3.2), DDIM, or DPM-Solver++(2M), with `steps` network evaluations."""
         if not 0 < steps <= self.cfg.num_timesteps:
-            raise ValueError(f"sampling.steps={steps} must lie in 1..{self.cfg.num_timesteps} (prior.num_timesteps); try 50")
+            raise ValueError(
+                f"sampling.steps={steps} must lie in 1..{self.cfg.num_timesteps} (prior.num_timesteps); try 50"
+            )
         scheduler = self._scheduler(sampler)
         scheduler.set_timesteps(steps)
         device = self.latent_mean.device
@@ -80,7 +82,9 @@ class LatentDiffusionModel(LatentPrior):
         for index, timestep in enumerate(scheduler.timesteps):
             predicted = self.denoiser(noisy, timestep.to(device).expand(len(seeds)))
             extra: dict[str, Any] = {}
-            if sampler == "ancestral":  # DDIM with eta = 1 is the DDPM posterior; the noise comes from each sample's seed
+            if (
+                sampler == "ancestral"
+            ):  # DDIM with eta = 1 is the DDPM posterior; the noise comes from each sample's seed
                 noise = randomness.normal(seeds.to(device), f"step {index}", self.latent_shape)
                 extra = {"eta": 1.0, "variance_noise": noise}
             noisy = scheduler.step(predicted.float(), timestep, noisy, **extra).prev_sample

@@ -109,7 +109,9 @@ class PlaneDecoder(nn.Module):
             if index >= len(widths) - num_fields:
                 self.heads.append(nn.Sequential(group_norm(width), nn.SiLU(), nn.Conv2d(width, field_channels, 1)))
 
-    def forward(self, latent: Float[Tensor, "batch channels height width"]) -> list[Float[Tensor, "batch channels2 h w"]]:
+    def forward(
+        self, latent: Float[Tensor, "batch channels height width"]
+    ) -> list[Float[Tensor, "batch channels2 h w"]]:
         hidden = self.middle(self.stem(latent))
         fields, skip = [], len(self.levels) - len(self.heads)
         for index, level in enumerate(self.levels):

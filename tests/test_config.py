@@ -1,0 +1,129 @@
+"""Configs: validation, overrides, JSON, the command line and its refusals."""
+
+import subprocess
+import sys
+from typing import Annotated, Literal
+
+import pydantic
+import pytest
+
+from distributed_inr.config import config, differences, from_json, override, parse, to_json
+from distributed_inr.presets import PRESETS
+
+
+@config
+class Small:
+    kind: Literal["small"] = "small"
+    width: Annotated[int, pydantic.Field(gt=0)] = 8
+    """Units."""
+
+
+@config
+class Large:
+    kind: Literal["large"] = "large"
+    depth: int = 3
+    sizes: tuple[int, ...] = (1, 2)
+
+
+@config
+class Tree:
+    """A config with every kind of field."""
+
+    name: str
+    model: Annotated[Small | Large, pydantic.Field(discriminator="kind")] = Small()
+    flag: bool = False
+    limit: int | None = None
+    """Largest count."""
+
+    def __post_init__(self) -> None:
+        if self.name == "forbidden":
+            raise ValueError(f"name={self.name} is taken; choose another")
+
+
+TREES = {"one": lambda: Tree(name="one"), "two": lambda: Tree(name="two", model=Large())}
+
+
+def read(*argv: str) -> Tree:
+    return parse(argv, TREES, default="one", description="A test.")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_json(name):
+    experiment = PRESETS[name]()
+    assert experiment.name == name
+    assert from_json(type(experiment), to_json(experiment)) == experiment
+
+
+def test_flags_are_read_by_type_and_path():
+    tree = read("two", "--model.sizes", "3", "4", "5", "--flag", "true", "--limit", "7")
+    assert tree == Tree(name="two", model=Large(sizes=(3, 4, 5)), flag=True, limit=7)
+    assert read("--limit", "none").limit is None
+
+
+def test_a_flag_switches_the_variant_of_a_union_and_sets_its_fields():
+    assert read("--model.kind", "large", "--model.depth", "9").model == Large(depth=9)
+    assert override(Tree(name="x"), {"model.depth": 4, "model.kind": "large"}).model == Large(depth=4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["tow"], ["preset", "'tow'", "two"]),
+        (["--limt", "3"], ["flag", "'--limt'", "--limit"]),
+        (["--limit", "many"], ["limit='many'", "integer"]),
+        (["--model.width", "-3"], ["model.width", "-3", "greater than 0"]),
+        (["--flag", "maybe"], ["flag='maybe'", "boolean"]),
+        (["--model.kind", "medium"], ["model", "medium", "small", "large"]),
+        (["--name", "forbidden"], ["name=forbidden", "choose another"]),
+        (["--limit"], ["--limit", "expected one argument"]),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line_that_names_value_and_remedy(argv, words):
+    with pytest.raises(ValueError) as caught:
+        read(*argv)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_unknown_fields_are_errors_in_overrides_and_files():
+    with pytest.raises(ValueError, match="did you mean limit"):
+        override(Tree(name="x"), {"limits": 3})
+    with pytest.raises(ValueError, match="model.widht is not a field"):
+        from_json(Tree, '{"name": "x", "model": {"kind": "small", "widht": 3}}')
+    with pytest.raises(ValueError, match="not JSON"):
+        from_json(Tree, "name: !!python/object:os.system {}")
+
+
+def test_configs_cannot_be_changed_in_place():
+    with pytest.raises(AttributeError):
+        read().limit = 3  # type: ignore[misc]
+
+
+def test_differences_name_the_paths_and_both_values():
+    assert differences(Tree(name="a"), Tree(name="a", limit=2)) == {"limit": (None, 2)}
+    assert differences(Tree(name="a"), Tree(name="a", model=Large()))["model.kind"] == ("small", "large")
+
+
+def test_help_lists_every_field_with_its_meaning_and_default():
+    run = subprocess.run([sys.executable, "jobs/train_ddmi.py", "--help"], capture_output=True, text=True)
+    assert run.returncode == 0
+    text = " ".join(run.stdout.split())
+    assert "--autoencoder.kl-weight" in text and "beta_z of eq. 9" in text
+    assert "--scale.zero-stage 0|1|2|3" in text and "(default: 1)" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["furniture-imag"], "did you mean furniture-image?"),
+        (["--autoencoder.kl-wieght", "3"], "did you mean --autoencoder.kl-weight?"),
+        (["--autoencoder-training.batch-size", "many"], "autoencoder_training.batch_size='many'"),
+        (["--domain.size", "60"], "multiple of the encoder's reduction 8; try 56"),
+        (["--domain.size", "256"], "pixels are never invented"),
+    ],
+)
+def test_the_training_job_exits_with_2_and_one_line_on_bad_flags(flags, words):
+    run = subprocess.run([sys.executable, "jobs/train_ddmi.py", *flags], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert words in run.stderr and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
