@@ -1,7 +1,7 @@
 """Configuration: frozen, validated dataclasses; dotted overrides; JSON in and out; the command line.
 
-Every option of every verb is a field of a config, addressed by one dotted path ("autoencoder.kl_weight") in flags, sweeps,
-JSON files, logs and error messages. Values from outside enter only through `override` and `from_json`, which validate.
+Every option of every verb is a field of a config, addressed by one dotted path ("autoencoder.kl_weight") in flags,
+sweeps, JSON files, logs and error messages. Values from outside enter only through `override` and `from_json`, which validate.
 """
 
 import argparse
@@ -50,8 +50,9 @@ def from_json(cls: type[C], text: str) -> C:
 def override(value: C, changes: Mapping[str, Any]) -> C:
     """A copy of `value` with dotted fields replaced and everything validated again.
 
-    Setting `x.kind` of a union field switches to that variant with its own defaults; fields that both variants have keep
-    their values only if they are set in `changes` too. Strings are converted to the field's type, as on the command line.
+    Setting `x.kind` of a union field switches to that variant with its own defaults; fields that both variants have
+    keep their values only if they are set in `changes` too. Strings are converted to the field's type, as on the
+    command line.
     """
     tree = to_dict(value)
     flat = leaves(type(value), value)

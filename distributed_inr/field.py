@@ -30,7 +30,7 @@ class Field:
         coords: Float[Tensor, "batch points coord_dim"],
         view: Float[Tensor, "batch points view_dim"] | None = None,
     ) -> Float[Tensor, "batch points value_dim"]:
-        """Values at coordinates. `view` is what the measurement knows beside the place (pixel pitch, view direction)."""
+        """Values at coordinates; `view` is what the measurement knows beside the place (pixel pitch, direction)."""
         return self.function(self.parameters, coords, view)
 
     def __getitem__(self, index: int | slice | Tensor) -> Field:

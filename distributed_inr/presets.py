@@ -1,7 +1,7 @@
 """Named experiments: the bundled ones, and the papers' own.
 
-A preset is a function that returns a complete `Experiment`; its docstring gives the command, the hardware and the number to
-reach. Any field can be overridden on the command line.
+A preset is a function that returns a complete `Experiment`; its docstring gives the command, the hardware and the
+number to reach. Any field can be overridden on the command line.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,8 @@ from distributed_inr.training.loop import Training
 
 
 def furniture_image() -> Experiment:
-    """Chairs, tables and sofas from 816 bundled views of 34 objects; three more objects are held out. The quick start's.
+    """Chairs, tables and sofas from 816 bundled views of 34 objects; three more objects are held out. The quick
+    start's.
 
     python jobs/train_ddmi.py
     """
@@ -111,8 +112,8 @@ def afhqv2_cat_256() -> Experiment:
     python jobs/prepare_data.py image afhq_v2 --layout afhqv2 --only class=cat --size 512 --out data/afhqv2-cat
     python jobs/train_ddmi.py afhqv2-cat-256 --scale.num-workers 8
 
-    Parameters: 56.2 M + 0.7 M and 519 M (published: 57.2 M + 1.9 M and 519 M: the published read-out modulates its layers by
-    the scale, ours reads the scale as one more input). Ours: not run.
+    Parameters: 56.2 M + 0.7 M and 519 M (published: 57.2 M + 1.9 M and 519 M: the published read-out modulates its
+    layers by the scale, ours reads the scale as one more input). Ours: not run.
     """
     return _paper(
         "afhqv2-cat-256", images=5_065, batch_size=80, encoder_blocks=2, multipliers=(1, 2, 4, 6), channels=224

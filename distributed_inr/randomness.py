@@ -1,7 +1,8 @@
 """Random numbers that belong to samples: a vectorised counter-based generator.
 
-Every draw is a pure function of (a sample's seed, what the draw is for, the element's index), so it does not depend on rank,
-loader process, micro-batch, step or device. The generator is SplitMix64 (Steele, Lea and Flood, 2014) used as a hash.
+Every draw is a pure function of (a sample's seed, what the draw is for, the element's index), so it does not depend on
+rank, loader process, micro-batch, step or device. The generator is SplitMix64 (Steele, Lea and Flood, 2014) used as a
+hash.
 """
 
 import hashlib

@@ -119,7 +119,7 @@ class Domain(ABC):
 
     @abstractmethod
     def supervise(self, signal: Signal, count: int) -> tuple[Queries, Float[Tensor, "batch points value_dim"]]:
-        """Draw `count` measurements of each signal to train on, from the sample's seed: queries and their true values."""
+        """Draw `count` measurements of each signal from the sample's seed: queries and their true values."""
 
     def observe(self, field: Field, queries: Queries) -> Float[Tensor, "batch points value_dim"]:
         """What the sensor measures of the field: its value. Scenes integrate along rays instead."""

@@ -106,7 +106,7 @@ class Image(Domain):
     def supervise(self, signal: Signal, count: int) -> tuple[Queries, Float[Tensor, "batch points 3"]]:
         """Pixels of a base-sized crop of the picture at a random one of `resolutions` (the whole picture at scale 1).
 
-        `count` >= size^2 takes the whole crop, so that losses on grids (LPIPS) can be computed; fewer are drawn at random.
+        `count` >= size^2 takes the whole crop, row by row, so that losses on grids can be computed; fewer are drawn.
         """
         assert signal.targets is not None
         batch, device, size = len(signal), signal.inputs.device, self.size

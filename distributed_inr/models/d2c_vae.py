@@ -29,7 +29,7 @@ class D2CVAE:
     decoder_channels: Annotated[int, pydantic.Field(gt=0)] = 128
     """Channels of the decoder's finest level."""
     decoder_multipliers: tuple[int, ...] = (1, 2, 4)
-    """Channels of each decoder level over `decoder_channels`, finest first; each level after the coarsest doubles it."""
+    """Channels of each decoder level over `decoder_channels`, finest first; every finer level has twice the cells."""
     decoder_blocks: Annotated[int, pydantic.Field(ge=0)] = 2
     """Residual blocks a decoder level, beside the one that every level has."""
     conditioning: Literal["single", "concatenate", "coarse-to-fine"] = "coarse-to-fine"
@@ -45,8 +45,9 @@ class D2CVAE:
     num_points: Annotated[int, pydantic.Field(gt=0)] = 4096
     """Measurements a signal and step that the likelihood is estimated from."""
     kl_weight: Annotated[float, pydantic.Field(ge=0)] = 1e-6
-    """beta_z of eq. 9: weight of the KL divergence (summed over the latent) against the mean likelihood of a measurement.
-    A weight w of a summed KL against a summed error over N values, as in the public configs, is w / N here."""
+    """beta_z of eq. 9: weight of the KL divergence (summed over the latent) against the mean likelihood of a
+    measurement. A weight w of a summed KL against a summed error over N values, as in the public configs, is w / N
+    here."""
     kl_start: Annotated[float, pydantic.Field(ge=0, le=1)] = 1e-4
     """Fraction of `kl_weight` that training starts with."""
     kl_anneal_samples: Annotated[int, pydantic.Field(ge=0)] = 0
@@ -143,7 +144,7 @@ class D2CVAEModel(FieldAutoencoder):
 
 
 class ReadOut(nn.Module):
-    """MLP from positional embeddings to the signal's value, with coarse-to-fine conditioning (CFC; DDMI, section 3.1)."""
+    """MLP from positional embeddings to the value, with coarse-to-fine conditioning (CFC; DDMI, section 3.1)."""
 
     def __init__(self, cfg: D2CVAE, num_fields: int, view_dim: int, value_dim: int) -> None:
         super().__init__()

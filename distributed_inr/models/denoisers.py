@@ -25,14 +25,14 @@ class UNet:
     head_dim: Annotated[int, pydantic.Field(gt=0)] = 32
     """Channels of one attention head."""
     dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
-    """Dropout in the residual blocks. Draws from torch's own generator, so losses then depend on how a batch is split."""
+    """Dropout in the residual blocks. Its draws are torch's own, so losses then depend on how a batch is split."""
 
     def __post_init__(self) -> None:
         for multiplier in self.multipliers:
             if self.channels * multiplier % self.head_dim:
                 raise ValueError(
                     f"prior.denoiser.channels={self.channels} times multiplier {multiplier} must be a multiple of "
-                    f"prior.denoiser.head_dim={self.head_dim}; try channels={-(-self.channels // self.head_dim) * self.head_dim}"
+                    f"prior.denoiser.head_dim={self.head_dim}; try {-(-self.channels // self.head_dim) * self.head_dim}"
                 )
 
     def build(self, latent_shape: tuple[int, ...]) -> "UNetDenoiser":
@@ -51,8 +51,8 @@ class UNetDenoiser(nn.Module):
         factor = 2 ** (len(cfg.multipliers) - 1)
         if height % factor or width % factor:
             raise ValueError(
-                f"prior.denoiser.multipliers has {len(cfg.multipliers)} levels, which need latents of a multiple of {factor} "
-                f"cells a side; this one has {height} x {width}: use fewer levels"
+                f"prior.denoiser.multipliers has {len(cfg.multipliers)} levels, which need latents of a multiple of "
+                f"{factor} cells a side; this one has {height} x {width}: use fewer levels"
             )
         levels = range(len(cfg.multipliers))
         kinds = ["Attn" if level >= cfg.attention_from else "" for level in levels]

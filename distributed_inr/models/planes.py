@@ -1,7 +1,7 @@
 """Plane features: axis-aligned planes read at points, and the 2-D convolutional blocks that make them.
 
-A signal over `coord_dim` coordinates is represented on one plane per pair of coordinates: one for images, three for shapes and
-videos.
+A signal over `coord_dim` coordinates is represented on one plane per pair of coordinates: one for images, three for
+shapes and videos.
 """
 
 import itertools
@@ -19,7 +19,7 @@ def plane_axes(coord_dim: int) -> list[tuple[int, int]]:
 def interpolate(
     planes: Float[Tensor, "batch channels height width"], coords: Float[Tensor, "batch points 2"]
 ) -> Float[Tensor, "batch points channels"]:
-    """Bilinear interpolation at (x, y) in [-1, 1]^2 (DDMI, section 3.1); cells have their centres at `pixel_centres`."""
+    """Bilinear interpolation at (x, y) in [-1, 1]^2 (DDMI, section 3.1); cell centres are `pixel_centres`."""
     grid = coords[:, :, None].to(planes.dtype)
     return F.grid_sample(planes, grid, align_corners=False, padding_mode="border")[..., 0].transpose(1, 2)
 
@@ -79,8 +79,8 @@ class Upsample(nn.Module):
 class PlaneDecoder(nn.Module):
     """Latent plane to basis fields, coarse to fine: a convolutional decoder read out at its last levels.
 
-    The feature maps of the last `num_fields` levels each pass a 1x1 convolution: the hierarchically decomposed basis fields
-    (HDBF; DDMI, section 3.1).
+    The feature maps of the last `num_fields` levels each pass a 1x1 convolution: the hierarchically decomposed basis
+    fields (HDBF; DDMI, section 3.1).
 
     Args:
         multipliers: channels of each level over `channels`, finest level first, as in the published configs.
