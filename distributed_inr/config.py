@@ -1,7 +1,8 @@
 """Configuration: frozen, validated dataclasses; dotted overrides; JSON in and out; the command line.
 
 Every option of every verb is a field of a config, addressed by one dotted path ("autoencoder.kl_weight") in flags,
-sweeps, JSON files, logs and error messages. Values from outside enter only through `override` and `from_json`, which validate.
+sweeps, JSON files, logs and error messages. Values from outside enter only through `override` and `from_json`, which
+validate.
 """
 
 import argparse
