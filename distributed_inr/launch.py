@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
 _LINE_SECONDS = 10.0
 _NAMESPACE = "distributed_inr"
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the processes that it starts for `ray job submit`
 _MISTAKES = (ValueError, FloatingPointError)
 """What a restart cannot mend: the same would happen again."""
 
@@ -71,12 +73,21 @@ class Launcher(Protocol):
     num_workers: int
 
     def run(
-        self, function: Callable[[Worker], None], *, title: str, folder: Path, num_workers: int | None = None
+        self,
+        function: Callable[[Worker], None],
+        *,
+        title: str,
+        folder: Path,
+        num_workers: int | None = None,
+        stoppable: bool = False,
     ) -> None:
         """Run `function` on `num_workers` workers (default: all), with one progress bar called `title`.
 
         Its log lines go to `folder`/log.txt. Raises ValueError for a user's mistake on any worker, RuntimeError when
         the workers have failed more than `scale.max_failures` times, SystemExit when the user has stopped the run.
+
+        Args:
+            stoppable: `function` asks `Worker.stop` and returns when told; otherwise it is ended at once.
         """
         ...
 
@@ -119,7 +130,7 @@ def launcher(scale: Scale) -> Iterator[Launcher]:
 
 def in_ray_job() -> bool:
     """Whether this process was started by `ray job submit` (in a temporary copy of the working directory)."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return _JOB in os.environ
 
 
 class _InProcess:
@@ -131,18 +142,27 @@ class _InProcess:
         self.scale = scale
 
     def run(
-        self, function: Callable[[Worker], None], *, title: str, folder: Path, num_workers: int | None = None
+        self,
+        function: Callable[[Worker], None],
+        *,
+        title: str,
+        folder: Path,
+        num_workers: int | None = None,
+        stoppable: bool = False,
     ) -> None:
         threads = torch.get_num_threads()
         if self.scale.num_threads is not None:
             torch.set_num_threads(self.scale.num_threads)
+        if self.scale.engine == "deepspeed":
+            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists; Accelerate would take it for one of many processes
         try:
-            with _signals() as received, _Bar(title) as bar, _log_file(folder):
+            with _signals(stoppable) as received, _Bar(title) as bar, _log_file(folder):
                 function(Worker(0, 1, lambda metrics: None, bar.update, lambda: bool(received)))
         except FloatingPointError as error:
             raise ValueError(str(error)) from error
         finally:
             torch.set_num_threads(threads)
+            os.environ.pop("LOCAL_RANK", None)
         _exit_if_stopped(received)
 
 
@@ -155,7 +175,7 @@ class _OnRay:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         num_cpus, num_gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
         self.scale = scale
-        self.num_nodes = sum(1 for node in nodes if node.get("CPU", 0) or node.get("GPU", 0))
+        self.num_nodes = len(nodes)
         self.use_gpu = num_gpus > 0
         self.num_workers = scale.num_workers or int(num_gpus) or 2
         # The driver takes no CPU. Two workers share a single core rather than wait for ever for a second one.
@@ -166,7 +186,13 @@ class _OnRay:
             )
 
     def run(
-        self, function: Callable[[Worker], None], *, title: str, folder: Path, num_workers: int | None = None
+        self,
+        function: Callable[[Worker], None],
+        *,
+        title: str,
+        folder: Path,
+        num_workers: int | None = None,
+        stoppable: bool = False,
     ) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -193,9 +219,9 @@ class _OnRay:
         )
         try:
             # fit() waits in a thread of its own, so that this one can draw and hear signals.
-            with _signals() as received, _Bar(title) as bar, ThreadPoolExecutor(1) as pool:
-                fitted = pool.submit(trainer.fit)
-                self._attend(lambda: not wait([fitted], _POLL_SECONDS).not_done, mail, bar, received)
+            with _signals(stoppable) as received, _Bar(title) as bar:
+                fitted = _in_thread(trainer.fit)
+                self._attend(fitted, mail, bar, received)
                 mistake, cause, error = mail.get("mistake"), mail.get("cause"), fitted.exception()
         finally:
             mail.close()
@@ -207,16 +233,15 @@ class _OnRay:
                 f"{title}: the workers failed, also after scale.max_failures={scale.max_failures} restarts; the newest "
                 f"checkpoint is kept, and the same command goes on from it. First cause: {first}"
             )
+        shutil.rmtree(folder / "ray", ignore_errors=True)  # our own checkpoints are the only ones
         _exit_if_stopped(received)
 
-    def _attend(self, finished: Callable[[], bool], mail: "_Mail", bar: "_Bar", received: list[int]) -> None:
+    def _attend(self, fitted: "Future[Any]", mail: "_Mail", bar: "_Bar", received: list[int]) -> None:
         attempt = 1
-        while not finished():
+        while wait([fitted], _POLL_SECONDS).not_done:
             if received and mail.get("stop") is None:
                 mail.put("stop", True)
                 bar.say("stopping after this step, with a checkpoint; once more stops at once")
-            if len(received) > 1:
-                raise SystemExit(128 + received[0])
             if (found := mail.get("attempt") or 1) > attempt:
                 attempt = found
                 why = (mail.get("cause") or "a worker died").strip().splitlines()[-1]
@@ -357,8 +382,17 @@ class _Bar:
         if not self.last:
             self.start, self.begin = now, done
         rate = values.get("samples/s") or (done - self.begin) / max(now - self.start, 1e-9)
-        shown = dict(prefix=self.title, unit=" samples", rate=rate or None, postfix=postfix, ncols=120, ascii=True)
-        self.last = tqdm.format_meter(done, total, now - self.start, **shown)
+        self.last = tqdm.format_meter(
+            done,
+            total,
+            now - self.start,
+            prefix=self.title,
+            unit=" samples",
+            rate=rate or None,
+            postfix=postfix,
+            ncols=120,
+            ascii=True,
+        )
         if now - self.shown > _LINE_SECONDS:
             self.shown = now
             print(self.last, file=sys.stderr, flush=True)
@@ -367,9 +401,23 @@ class _Bar:
         tqdm.write(f"{self.title}: {text}", file=sys.stderr)
 
 
+def _in_thread(function: Callable[[], Any]) -> "Future[Any]":
+    """Call `function` in a thread that does not keep the process alive."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The SIGINTs and SIGTERMs received, instead of their usual effect; a third SIGINT has it again."""
+def _signals(stoppable: bool) -> Iterator[list[int]]:
+    """The SIGINT or SIGTERM received, if `stoppable`; otherwise, and the second time, either ends the process."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -377,8 +425,8 @@ def _signals() -> Iterator[list[int]]:
 
     def hear(number: int, frame: Any) -> None:
         received.append(number)
-        if len(received) > 2:
-            raise KeyboardInterrupt
+        if len(received) > 1 or not stoppable:
+            raise SystemExit(128 + number)
 
     before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -430,7 +478,7 @@ def _runtime_env() -> dict[str, Any]:
         importlib.metadata.distribution("distributed_inr")
         return {}
     package = Path(distributed_inr.__file__).parent
-    settings = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    settings = json.loads(os.environ.get(_JOB, "{}")).get("runtime_env") or {}
     if "working_dir" in settings:
         return {}  # the job brought it along
     return {"py_modules": [str(package)]}
