@@ -1,5 +1,6 @@
 """D2C-VAE: interpolation, the three read-outs, the objective, and that fields are functions."""
 
+import dataclasses
 import math
 
 import pytest
@@ -214,3 +215,45 @@ def test_the_papers_sizes_are_as_their_presets_say(name, autoencoder, readout, d
     found = millions(model.encoder, model.decoder), millions(model.readout), millions(prior)
     assert found == (autoencoder, readout, denoiser)
     assert f"{autoencoder} M + {readout} M" in PRESETS[name].__doc__
+
+
+def test_lpips_is_a_weighted_loss_on_whole_crops_with_weights_from_a_file(tmp_path):
+    from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+    reference = _NoTrainLpips(net="squeeze", pnet_rand=True)
+    features = {
+        f"features.{index}.{name}": tensor
+        for part in reference.net.slices
+        for index, layer in part.named_children()
+        for name, tensor in layer.state_dict().items()
+    }
+    path = str(tmp_path / "squeezenet.pth")
+    torch.save(features, path)
+    domain = Image(size=32, source_size=32)
+    whole = {**TINY, "num_points": 32 * 32, "perceptual_network": "squeeze", "perceptual_checkpoint": path}
+    model = trained_like(D2CVAE(**whole, perceptual_weight=2.0).build(domain))
+    signal = dataclasses.replace(batch(2), inputs=torch.rand(2, 3, 32, 32) * 2 - 1)
+    losses = model(signal)
+
+    augmented = domain.augment(signal)
+    mean, deviation = model.posterior(augmented)
+    field = model.decode(mean + deviation * randomness.normal(signal.seed, "posterior", model.latent_shape))
+    queries, values = domain.supervise(augmented, 32 * 32)
+    pictures = [v.transpose(1, 2).unflatten(2, (32, 32)) for v in (field(queries.coords, queries.view), values)]
+    torch.testing.assert_close(losses["perceptual"], 2 * reference(*pictures).mean())
+    losses["perceptual"].backward()
+    assert model.readout.out.weight.grad.abs().sum() > 0
+    assert not any("slice" in name for name in model.state_dict())
+
+
+def test_lpips_without_its_weights_or_whole_crops_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="perceptual_weight=1.0 needs autoencoder.perceptual_checkpoint"):
+        D2CVAE(perceptual_weight=1.0)
+    path = tmp_path / "other.pth"
+    torch.save({"fc.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="num_points=50 must be at least domain.size"):
+        D2CVAE(**TINY, perceptual_weight=1.0, perceptual_checkpoint=str(path)).build(DOMAIN)
+    for file, words in ((path, "does not hold the features of vgg"), (tmp_path / "none.pth", "none.pth is not a file")):
+        whole = D2CVAE(**{**TINY, "num_points": 256}, perceptual_weight=1.0, perceptual_checkpoint=str(file))
+        with pytest.raises(ValueError, match=words):
+            whole.build(DOMAIN)(batch(1))

@@ -14,6 +14,7 @@ from distributed_inr.domains import Domain, Signal
 from distributed_inr.field import Field
 from distributed_inr.models.encoders import AnyEncoder, PixelEncoder
 from distributed_inr.models.field_autoencoder import FieldAutoencoder
+from distributed_inr.models.perceptual import Network, lpips
 from distributed_inr.models.planes import PlaneDecoder, interpolate, plane_axes
 
 
@@ -52,12 +53,23 @@ class D2CVAE:
     """Fraction of `kl_weight` that training starts with."""
     kl_anneal_samples: Annotated[int, pydantic.Field(ge=0)] = 0
     """Samples over which the KL weight rises linearly to its full value."""
+    perceptual_weight: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    """Weight of LPIPS between the drawn crop and its reconstruction; the paper's image models use 1. Images only."""
+    perceptual_network: Network = "vgg"
+    """Network whose features LPIPS compares."""
+    perceptual_checkpoint: str | None = None
+    """Path of torchvision's checkpoint of that network."""
 
     def __post_init__(self) -> None:
         if self.conditioning == "coarse-to-fine" and self.readout_blocks < self.num_fields:
             raise ValueError(
                 f"autoencoder.readout_blocks={self.readout_blocks} must be at least autoencoder.num_fields="
                 f"{self.num_fields}: coarse-to-fine conditioning gives each field a block of its own"
+            )
+        if self.perceptual_weight and self.perceptual_checkpoint is None:
+            raise ValueError(
+                f"autoencoder.perceptual_weight={self.perceptual_weight} needs autoencoder.perceptual_checkpoint: the path "
+                "of torchvision's checkpoint of autoencoder.perceptual_network, such as vgg16-397923af.pth"
             )
         if self.num_fields > len(self.decoder_multipliers):
             raise ValueError(
@@ -76,6 +88,11 @@ class D2CVAE:
             raise ValueError(
                 f"domain.size={domain.size} must be a multiple of the encoder's reduction {self.encoder.reduction}; "
                 f"try {max(1, domain.size // self.encoder.reduction) * self.encoder.reduction}"
+            )
+        if self.perceptual_weight and self.num_points < domain.size**2:
+            raise ValueError(
+                f"autoencoder.num_points={self.num_points} must be at least domain.size^2 = {domain.size**2} with "
+                "autoencoder.perceptual_weight > 0: LPIPS compares whole crops"
             )
 
     def build(self, domain: Domain) -> "D2CVAEModel":
@@ -111,10 +128,14 @@ class D2CVAEModel(FieldAutoencoder):
         noise = randomness.normal(signal.seed, "posterior", self.latent_shape)
         field = self.decode(mean + noise * (0.5 * log_variance).exp())
         queries, values = self.domain.supervise(signal, self.cfg.num_points)
-        nll = self.domain.nll(self.domain.observe(field, queries), values)
+        observed = self.domain.observe(field, queries)
+        nll = self.domain.nll(observed, values)
 
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
-        return {"reconstruction": nll.mean(), "kl": (self._kl_weight(signal.position) * kl).mean()}
+        losses = {"reconstruction": nll.mean(), "kl": (self._kl_weight(signal.position) * kl).mean()}
+        if self.cfg.perceptual_weight:
+            losses["perceptual"] = self.cfg.perceptual_weight * self._lpips(observed, values).mean()
+        return losses
 
     def posterior(self, signal: Signal) -> tuple[Tensor, Tensor]:
         mean, log_variance = self._statistics(signal)
@@ -129,6 +150,12 @@ class D2CVAEModel(FieldAutoencoder):
         inputs = signal.inputs.contiguous(memory_format=torch.channels_last)
         mean, log_variance = self.encoder(inputs).float().chunk(2, dim=1)
         return mean, log_variance.clamp(-30.0, 20.0)
+
+    def _lpips(self, observed: Tensor, values: Tensor) -> Tensor:
+        assert self.cfg.perceptual_checkpoint is not None
+        side = self.domain.size  # the points are a whole crop, row by row
+        a, b = (points.transpose(1, 2).unflatten(2, (side, side)) for points in (observed, values))
+        return lpips(a, b, network=self.cfg.perceptual_network, weights=self.cfg.perceptual_checkpoint)
 
     def _kl_weight(self, position: Tensor) -> Tensor:
         rise = (position / max(1, self.cfg.kl_anneal_samples)).clamp(max=1.0)
