@@ -13,6 +13,7 @@ MAX_PIXELS = 89_478_485
 Resize = Literal["center-crop-lanczos", "center-crop-area", "pad-lanczos"]
 Encoding = Literal["keep", "png", "webp", "jpg"]
 
+_DECODERS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no others, whatever a file claims to be
 _SUFFIX_OF = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 
 
@@ -62,7 +63,7 @@ def encode(content: bytes | Image.Image, shape: Shape) -> tuple[str, bytes]:
 def _open(content: bytes, max_pixels: int) -> tuple[Image.Image, str | None]:
     """The picture, and its suffix when its own bytes already say all of that (so that they can be kept)."""
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with Image.open(io.BytesIO(content), formats=_DECODERS) as picture:
             if picture.width * picture.height > max_pixels:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, above the limit of {max_pixels}")
             frames = getattr(picture, "n_frames", 1)
