@@ -81,7 +81,8 @@ class Launcher(Protocol):
         num_workers: int | None = None,
         stoppable: bool = False,
     ) -> None:
-        """Run `function` on `num_workers` workers (default: all), with one progress bar called `title`.
+        """Run `function` on `num_workers` workers (default: all), with one progress bar called `title`. A single worker
+        without a GPU is the calling process.
 
         Its log lines go to `folder`/log.txt. Raises ValueError for a user's mistake on any worker, RuntimeError when
         the workers have failed more than `scale.max_failures` times, SystemExit when the user has stopped the run.
@@ -198,6 +199,9 @@ class _OnRay:
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.train.v2.api.config import LoggingConfig
 
+        if num_workers == 1 and not self.use_gpu:
+            _InProcess(self.scale).run(function, title=title, folder=folder, stoppable=stoppable)
+            return
         world = num_workers or self.num_workers
         mail, scale, directory = _Mail(uuid.uuid4().hex), self.scale, os.getcwd()
 
@@ -469,7 +473,7 @@ def _log_file(folder: Path) -> Iterator[None]:
 
 
 def _runtime_env() -> dict[str, Any]:
-    """Makes this package importable in the workers where it is not installed."""
+    """Makes this package importable in the workers where it is neither installed nor brought along by the job."""
     import importlib.metadata
 
     import distributed_inr
@@ -477,8 +481,8 @@ def _runtime_env() -> dict[str, Any]:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         importlib.metadata.distribution("distributed_inr")
         return {}
-    package = Path(distributed_inr.__file__).parent
     settings = json.loads(os.environ.get(_JOB, "{}")).get("runtime_env") or {}
     if "working_dir" in settings:
-        return {}  # the job brought it along
-    return {"py_modules": [str(package)]}
+        return {}
+    checkout = str(Path(distributed_inr.__file__).parents[1])
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join([checkout, *filter(None, [os.environ.get("PYTHONPATH")])])}}
