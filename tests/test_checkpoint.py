@@ -155,7 +155,7 @@ def test_another_architecture_is_refused_with_the_difference(runs):
     path = runs.folder / "whole" / "deepspeed-1" / f"{STEPS * BATCH:012d}"
     with pytest.raises(ValueError, match=r"another model \(head\.weight: \(3, 7\) there, \(4, 7\) here\)"):
         with checkpoint._Reader.open(path) as reader:
-            reader.check({"head.weight": (4, 7)})
+            reader.check({"head.weight": (4, 7)}, averages=True)
 
 
 # Below: the files alone, without an engine.
@@ -258,4 +258,11 @@ def test_an_unknown_format_is_refused(tmp_path):
     path = write_checkpoint(tmp_path, 100)
     (path / "state.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match="has format 99, this version reads 1"):
-        checkpoint.load(path, None, averages=[])
+        checkpoint.read_state(path)
+
+
+def test_a_checkpoint_without_the_average_that_is_asked_for_is_refused(tmp_path):
+    with checkpoint._Reader.open(write_checkpoint(tmp_path, 100)) as reader:
+        reader.check({"w": (2, 5)}, averages=False)
+        with pytest.raises(ValueError, match="keeps no average of the weights"):
+            reader.check({"w": (2, 5)}, averages=True)

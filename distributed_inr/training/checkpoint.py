@@ -146,15 +146,21 @@ def newest(folder: Path) -> Path | None:
     return found[0]
 
 
-def load(path: Path, engine: Engine, *, averages: Sequence[Fragment]) -> dict[str, Any]:
-    """Set the weights, optimizer state and running averages from a valid checkpoint; returns its state.json."""
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json. Raises ValueError if another version wrote it."""
     state = json.loads((path / "state.json").read_text())
     if state["format"] != FORMAT:
         raise ValueError(
             f"{path} has format {state['format']}, this version reads {FORMAT}; use the version that wrote it"
         )
+    return state
+
+
+def load(path: Path, engine: Engine, *, averages: Sequence[Fragment]) -> dict[str, Any]:
+    """Set the weights, optimizer state and running averages from a valid checkpoint; returns its state.json."""
+    state = read_state(path)
     with _Reader.open(path) as reader:
-        reader.check({f.name: f.shape for f in averages or engine.state()})
+        reader.check({f.name: f.shape for f in engine.state()}, averages=bool(averages))
         engine.load(reader.read, steps=state["steps"])
         for f in averages:
             f.weight.copy_(reader.read("ema", f.name, f.offset, f.offset + f.weight.numel()))
@@ -179,7 +185,8 @@ class _Reader:
             opened = {p.name: stack.enter_context(safe_open(p, "pt")) for p in sorted(path.glob("*.safetensors"))}
             yield cls(path, opened)
 
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def check(self, shapes: dict[str, tuple[int, ...]], *, averages: bool) -> None:
+        """Raise ValueError unless it holds parameters of these names and shapes, and their averages where wanted."""
         model = self.files["model.safetensors"]
         stored = {name: tuple(model.get_slice(name).get_shape()) for name in model.keys()}
         wrong = [
@@ -191,6 +198,11 @@ class _Reader:
             raise ValueError(
                 f"{self.path} holds another model ({'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}); "
                 "use the configuration that it was written with, or another output folder"
+            )
+        if averages and "ema.safetensors" not in self.files:
+            raise ValueError(
+                f"{self.path} keeps no average of the weights, but training.ema_half_life_samples asks for one; "
+                "set it to 0 or use another output folder"
             )
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:

@@ -8,10 +8,11 @@ import contextlib
 import functools
 import logging
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -95,12 +96,17 @@ class Optim:
         return self.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What the loop needs of a training engine. Every rank calls every method, in the same order."""
 
-    device: torch.device
     steps: int
     """Optimizer steps made, in this process and before the checkpoint it came from."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches have to be."""
+        ...
 
     def forward(self, batch: Signal) -> dict[str, Tensor]:
         """The wrapped module's weighted losses on a micro-batch. In evaluation, call it under `torch.no_grad`."""
@@ -131,8 +137,9 @@ def build_engine(
     module: nn.Module, *, scale: Scale, optim: Optim, micro_batch_size: int, num_micro_batches: int
 ) -> Engine:
     """Wrap `module` for training with `num_micro_batches` micro-batches a step on each rank."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module.to(device)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        module.cuda()
     for name, parameter in module.named_parameters():
         if parameter.dim() == 0:
             raise ValueError(f"parameter {name} has no dimension, which DeepSpeed cannot send; give it the shape [1]")
@@ -142,9 +149,8 @@ def build_engine(
     if scale.compile and _has_compiler():
         module.compile()
     kind = DeepSpeedEngine if scale.engine == "deepspeed" else AccelerateEngine
-    return kind(
-        module, scale=scale, optim=optim, micro_batch_size=micro_batch_size, num_micro_batches=num_micro_batches
-    )
+    sizes = {"micro_batch_size": micro_batch_size, "num_micro_batches": num_micro_batches}
+    return kind(module, scale=scale, optim=optim, **sizes)
 
 
 class DeepSpeedEngine:
@@ -160,8 +166,9 @@ class DeepSpeedEngine:
         if not torch.cuda.is_available():
             # Its shared-memory collectives would be compiled at first use: 40 s, and only with a compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if not dist.is_initialized():
-            dist.init_process_group(backend="gloo", store=dist.HashStore(), rank=0, world_size=1)
+        if not dist.is_initialized():  # one process, launched by nothing: DeepSpeed wants a group all the same
+            os.environ.setdefault("LOCAL_RANK", "0")
+            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
 
         self._module, self._stage, self._num_micro_batches = module, scale.zero_stage, num_micro_batches
         self._pending: list[tuple[dict[str, Tensor], Sequence[str]]] = []
@@ -173,29 +180,25 @@ class DeepSpeedEngine:
             "gradient_clipping": optim.max_grad_norm or 0.0,  # its own default is 1
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {
-                "stage": scale.zero_stage,
-                "reduce_bucket_size": bucket,
-                "allgather_bucket_size": bucket,
-            },
+            "zero_optimization": {"stage": self._stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
         }
-        self._engine, *_ = deepspeed.initialize(
-            model=_Autocast(module, scale), optimizer=_adamw(module, optim), config=settings, dist_init_required=False
-        )
+        self._adamw = _adamw(module, optim)
+        self._engine: Any = deepspeed.initialize(
+            model=_Autocast(module, scale), optimizer=self._adamw, config=settings, dist_init_required=False
+        )[0]
         self.device = torch.device(self._engine.device)
-        self._adamw = self._engine.basic_optimizer
         self._fragments = self._hold()
 
     def forward(self, batch: Signal) -> dict[str, Tensor]:
         return self._engine(batch)
 
     def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float) -> dict[str, float] | None:
-        self._pending.append((_detach(losses), keys))
+        self._pending.append(({name: loss.detach() for name, loss in losses.items()}, keys))
         self._engine.backward(_total(losses))
         metrics = None
         if len(self._pending) == self._num_micro_batches:
-            metrics = _agree(self._pending, _squared_norm(self._gradients(), shared=self._stage == 0), self.steps)
-            self._pending.clear()
+            pending, self._pending = self._pending, []
+            metrics = _agree(pending, _squared_norm(self._gradients(), shared=self._stage == 0), self.steps)
             self.steps += 1
             for group in self._adamw.param_groups:
                 group["lr"] = lr
@@ -237,7 +240,8 @@ class DeepSpeedEngine:
         """The part of each parameter whose optimizer state is on this rank (stage 0: all of it)."""
         rank, world, zero = dist.get_rank(), dist.get_world_size(), self._engine.optimizer
         fragments = []
-        for name, p in self._module.named_parameters():
+        parameters: list[tuple[str, Any]] = list(self._module.named_parameters())
+        for name, p in parameters:
             shape, address = p.shape, 0
             if self._stage == 0:
                 start, stop, held = 0, p.numel(), p
@@ -273,7 +277,7 @@ class AccelerateEngine:
             cpu=not torch.cuda.is_available(),
             mixed_precision="no",  # autocast is ours, the same under both engines
             gradient_accumulation_steps=num_micro_batches,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
         )
         self._module, self._max_grad_norm, self._num_micro_batches = module, optim.max_grad_norm, num_micro_batches
         self._pending: list[tuple[dict[str, Tensor], Sequence[str]]] = []
@@ -291,13 +295,13 @@ class AccelerateEngine:
             return self._wrapped(batch)
 
     def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float) -> dict[str, float] | None:
-        self._pending.append((_detach(losses), keys))
+        self._pending.append(({name: loss.detach() for name, loss in losses.items()}, keys))
         self._accelerator.backward(_total(losses))  # divides by the number of micro-batches
         if len(self._pending) < self._num_micro_batches:
             return None
         gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
-        metrics = _agree(self._pending, _squared_norm(gradients, shared=True), self.steps)
-        self._pending.clear()
+        pending, self._pending = self._pending, []
+        metrics = _agree(pending, _squared_norm(gradients, shared=True), self.steps)
         self.steps += 1
         if self._max_grad_norm is not None:
             norm = torch.tensor(metrics["grad_norm"], device=self.device)
@@ -342,10 +346,6 @@ def _adamw(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
     return torch.optim.AdamW(trainable, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
 
 
-def _detach(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: loss.detach() for name, loss in losses.items()}
-
-
 def _total(losses: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(losses.values())).sum()
 
@@ -360,9 +360,8 @@ def _agree(
     pending: Sequence[tuple[dict[str, Tensor], Sequence[str]]], squared_norm: Tensor, steps: int
 ) -> dict[str, float]:
     """Means of a step's losses over all ranks, and the gradient's norm, in one exchange; all ranks get the same."""
-    names = list(pending[0][0])
+    names, world = list(pending[0][0]), dist.get_world_size() if dist.is_initialized() else 1
     means = [torch.stack([losses[name] for losses, _ in pending]).double().mean() for name in names]
-    world = dist.get_world_size() if dist.is_initialized() else 1
     *values, squared = sum_over_ranks(torch.stack([*means, squared_norm])).tolist()
     metrics = {f"train/{name}": value / world for name, value in zip(names, values, strict=True)}
     metrics["train/total"] = sum(metrics.values())
