@@ -12,6 +12,7 @@ from distributed_inr.domains.domain import pixel_centres
 from distributed_inr.models.d2c_vae import D2CVAE
 from distributed_inr.models.encoders import PixelEncoder, TimmEncoder
 from distributed_inr.models.planes import interpolate, plane_axes
+from distributed_inr.models.torchvision_cpu import import_torchvision
 from distributed_inr.presets import PRESETS
 from distributed_inr.randomness import sample_seed
 
@@ -218,6 +219,7 @@ def test_the_papers_sizes_are_as_their_presets_say(name, autoencoder, readout, d
 
 
 def test_lpips_is_a_weighted_loss_on_whole_crops_with_weights_from_a_file(tmp_path):
+    import_torchvision()
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 
     reference = _NoTrainLpips(net="squeeze", pnet_rand=True)

@@ -68,8 +68,8 @@ class D2CVAE:
             )
         if self.perceptual_weight and self.perceptual_checkpoint is None:
             raise ValueError(
-                f"autoencoder.perceptual_weight={self.perceptual_weight} needs autoencoder.perceptual_checkpoint: the path "
-                "of torchvision's checkpoint of autoencoder.perceptual_network, such as vgg16-397923af.pth"
+                f"autoencoder.perceptual_weight={self.perceptual_weight} needs autoencoder.perceptual_checkpoint: "
+                "torchvision's checkpoint of autoencoder.perceptual_network, such as vgg16-397923af.pth"
             )
         if self.num_fields > len(self.decoder_multipliers):
             raise ValueError(
