@@ -3,9 +3,9 @@
 python benchmarks/model_step.py [--rounds 5]
 
 On a CPU: pictures of 64 x 64 pixels, batch 4, float32; eager and compiled, channels-last or not. On a GPU: 256 pixels,
-On a CPU: pictures of 64 x 64 pixels, batch 4, float32; eager and compiled, channels-last or not. On a GPU: 256 pixels,
 bfloat16. The step's operations are counted by torch; the rates of a matrix product and of 3x3 convolutions (forward and
 backward) are measured in the same rounds, so the ratio holds when the clock drifts.
+"""
 
 import argparse
 import statistics
