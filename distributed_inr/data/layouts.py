@@ -125,7 +125,7 @@ def lsun(root: Path, metadata: Path | None) -> list[Picture]:
     if not (root / "data.mdb").exists():
         return _walk(root)
     try:
-        import lmdb
+        import lmdb  # type: ignore[import-not-found]
     except ImportError:
         raise ValueError(f"{root} is an lmdb; pip install lmdb, or export its pictures to files first") from None
     environment = lmdb.open(str(root), readonly=True, lock=False, readahead=False)

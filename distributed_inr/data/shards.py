@@ -274,9 +274,8 @@ class ShardWriter:
         ):
             self._finish_shard()
         try:
-            if self._tar is None:
-                self._open_shard()
-            self._tar.write({name: value for name, value in record.items() if name == "__key__" or name[0] != "_"})
+            tar = self._tar or self._open_shard()
+            tar.write({name: value for name, value in record.items() if name == "__key__" or name[0] != "_"})
         except OSError as error:
             self.abandon()
             raise storage.explain(error, self.folder) from error
@@ -313,7 +312,7 @@ class ShardWriter:
         if self._staging is not None:
             self._staging.cleanup()
 
-    def _open_shard(self) -> None:
+    def _open_shard(self) -> Any:
         from webdataset.writer import TarWriter
 
         self._name = f"{self.prefix}{len(self.shards):06d}.tar"
@@ -321,6 +320,7 @@ class ShardWriter:
         self._file = open(self._part, "wb")  # noqa: SIM115  closed when the shard is finished
         self._tar = TarWriter(self._file, encoder=False, mtime=0)
         self._bytes = self._samples = 0
+        return self._tar
 
     def _finish_shard(self) -> None:
         try:
@@ -337,16 +337,16 @@ class ShardWriter:
         except OSError as error:
             self.abandon()
             raise storage.explain(error, self.folder) from error
-        self.shards.append(Shard(self._name, len(side), side.bytes, side.sha256, self.folder))
+        self.shards.append(Shard(self._name, len(side), side.num_bytes, side.sha256, self.folder))
 
     def _complete_shards(self) -> tuple[list[Shard], list[SideIndex]]:
         """The run of complete shards that an earlier, interrupted writer has left."""
         files, shards, sides = storage.list_files(self.folder), [], []
         while (name := f"{self.prefix}{len(shards):06d}.tar") in files and name + SIDE_SUFFIX in files:
             side = SideIndex.from_bytes(storage.read_bytes(storage.join(self.folder, name + SIDE_SUFFIX)) or b"")
-            if side is None or side.bytes != files[name]:
+            if side is None or side.num_bytes != files[name]:
                 break
-            shards.append(Shard(name, len(side), side.bytes, side.sha256, self.folder))
+            shards.append(Shard(name, len(side), side.num_bytes, side.sha256, self.folder))
             sides.append(side)
         return shards, sides
 
@@ -357,8 +357,8 @@ def write_index(folder: str | Path, *, domain: str, protocol: Mapping[str, Any])
     for name in sorted(files):
         if name.endswith(".tar") and name + SIDE_SUFFIX in files:
             side = SideIndex.from_bytes(storage.read_bytes(storage.join(str(folder), name + SIDE_SUFFIX)) or b"")
-            assert side is not None and side.bytes == files[name], f"{name} is not complete"
-            shards.append(Shard(name, len(side), side.bytes, side.sha256, str(folder)))
+            assert side is not None and side.num_bytes == files[name], f"{name} is not complete"
+            shards.append(Shard(name, len(side), side.num_bytes, side.sha256, str(folder)))
     index = ShardIndex(tuple(shards), domain=domain, protocol=dict(protocol))
     storage.write_atomic(storage.join(str(folder), INDEX_NAME), index.to_json().encode())
     return index
@@ -392,7 +392,7 @@ def _foreign_shard(folder: str, name: str, cache: Cache) -> Shard:
         if not path.exists():
             raise ValueError(f"shard {url} is missing; restore it or correct the numbers in the braces")
         size = path.stat().st_size
-        side = cache.side_index(path, wanted=lambda side: side.bytes == size)
+        side = cache.side_index(path, wanted=lambda side: side.num_bytes == size)
     else:
         side = cache.foreign_side_index(url)
-    return Shard(name, len(side), side.bytes, side.sha256, folder)
+    return Shard(name, len(side), side.num_bytes, side.sha256, folder)

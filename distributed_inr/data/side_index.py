@@ -31,14 +31,14 @@ class SideIndex:
     """Where the members of one tar lie.
 
     Attributes:
-        sha256, bytes: of the tar.
+        sha256, num_bytes: of the tar.
         first: [samples + 1] number of each sample's first member.
         members: [members] offset, size, crc32 and number of the suffix.
         key_ends: [samples] where each key ends in `keys`.
     """
 
     sha256: str
-    bytes: int
+    num_bytes: int
     first: np.ndarray
     members: np.ndarray
     key_ends: np.ndarray
@@ -90,7 +90,7 @@ class SideIndex:
         encoded = [key.encode() for key in keys]
         return SideIndex(
             sha256=sha256,
-            bytes=size,
+            num_bytes=size,
             first=np.array(first, dtype="<u4"),
             members=np.array(members, dtype=_MEMBER),
             key_ends=np.cumsum([len(key) for key in encoded]).astype("<u4"),
@@ -101,7 +101,7 @@ class SideIndex:
     def to_bytes(self) -> bytes:
         names = json.dumps(self.suffixes).encode() + b"\0" + self.keys
         body = self.first.tobytes() + self.members.tobytes() + self.key_ends.tobytes() + names
-        sizes = (self.bytes, len(self), len(self.members), len(names))
+        sizes = (self.num_bytes, len(self), len(self.members), len(names))
         return _HEADER.pack(_MAGIC, bytes.fromhex(self.sha256), *sizes, zlib.crc32(body)) + body
 
     @staticmethod
@@ -119,7 +119,7 @@ class SideIndex:
         suffixes, _, keys = names.partition(b"\0")
         return SideIndex(
             sha256=sha256.hex(),
-            bytes=size,
+            num_bytes=size,
             first=np.frombuffer(body[: ends[0]], dtype="<u4"),
             members=np.frombuffer(body[ends[0] : ends[1]], dtype=_MEMBER),
             key_ends=np.frombuffer(body[ends[1] : ends[2]], dtype="<u4"),
@@ -134,7 +134,7 @@ def _members(path: Path, size: int, ignored: collections.Counter[str]) -> Iterat
     try:
         with tarfile.open(path, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # tarfile would keep every header
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
                 if member.offset_data + member.size > size:
                     break
                 end = member.offset_data + -(-member.size // 512) * 512

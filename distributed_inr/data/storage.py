@@ -30,7 +30,9 @@ def resolve(url: str) -> str:
     path = BUNDLED / url.removeprefix("bundled:")
     if not path.is_dir():
         sets = sorted(str(index.parent.relative_to(BUNDLED)) for index in BUNDLED.glob("**/index.json"))
-        known = f"choose one of {', '.join(sets)}" if sets else "they come with a checkout of the repository: run from one"
+        known = (
+            f"choose one of {', '.join(sets)}" if sets else "they come with a checkout of the repository: run from one"
+        )
         raise ValueError(f"{url} is not among the bundled sets; {known}")
     return str(path)
 
