@@ -30,7 +30,12 @@ class Field:
         coords: Float[Tensor, "batch points coord_dim"],
         view: Float[Tensor, "batch points view_dim"] | None = None,
     ) -> Float[Tensor, "batch points value_dim"]:
-        """Values at coordinates; `view` is what the measurement knows beside the place (pixel pitch, direction)."""
+        """Values at coordinates; `view` is what the measurement knows beside the place (pixel pitch, direction).
+
+        None stands for zeros: for images, pixels of the base resolution.
+        """
+        if view is None and self.domain.view_dim:
+            view = coords.new_zeros(*coords.shape[:2], self.domain.view_dim)
         return self.function(self.parameters, coords, view)
 
     def __getitem__(self, index: int | slice | Tensor) -> Field:

@@ -87,10 +87,10 @@ class FieldModel:
         if count < 1:
             raise ValueError(f"count={count} must be at least 1")
         sampling = self.experiment.sampling
+        steps = sampling.steps if steps is None else steps
         seeds = seeds_for(seed, count, start).split(sampling.batch_size)
         parts = [
-            self.prior.sample(part.to(self.device), sampler=sampler or sampling.sampler, steps=steps or sampling.steps)
-            for part in seeds
+            self.prior.sample(part.to(self.device), sampler=sampler or sampling.sampler, steps=steps) for part in seeds
         ]
         return torch.cat(parts)
 
@@ -192,7 +192,7 @@ def sample_files(
         out: None takes `samples` inside the run folder, or in the working directory where the run is read-only.
         resolution: pixels a side; None takes the domain's base resolution.
     """
-    resolution = _check_resolution(resolution or model.domain.size)
+    resolution = _check_resolution(model, resolution)
     latents = model.sample_latents(count, seed=seed, steps=steps, sampler=sampler)
     out = _make_folder(out or default_folder(model.folder, "samples"))
     stem, digits = f"seed{seed}-{resolution}px", max(3, len(str(count - 1)))
@@ -219,8 +219,7 @@ def reconstruct_files(
         out: None takes `reconstructions` inside the run folder, or in the working directory where the run is read-only.
         resolution: pixels a side; None takes the domain's base resolution.
     """
-    size = model.domain.size
-    resolution = _check_resolution(resolution or size)
+    resolution = _check_resolution(model, resolution)
     signals = [read_file(model.domain, Path(file)) for file in files]  # all are read before anything is written
     out = _make_folder(out or default_folder(model.folder, "reconstructions"))
     paths: list[Path] = []
@@ -312,7 +311,8 @@ def _batch(signals: Sequence[Signal]) -> Signal:
     )
 
 
-def _check_resolution(resolution: int) -> int:
+def _check_resolution(model: FieldModel, resolution: int | None) -> int:
+    resolution = model.domain.size if resolution is None else resolution
     if not 1 <= resolution <= MAX_RESOLUTION:
         raise ValueError(f"resolution={resolution} must lie in 1..{MAX_RESOLUTION} pixels a side")
     return resolution
