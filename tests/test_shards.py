@@ -1,11 +1,14 @@
 """The shard format: plain webdataset tars, their indexes, and what happens when they are damaged or hostile."""
 
 import gc
+import http.server
 import io
 import json
 import os
 import pickle
 import tarfile
+import threading
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -440,6 +443,30 @@ def test_foreign_remote_tars_are_fetched_once_and_remembered(cache: Cache, remot
     assert len(records(index, cache)) == 35
 
 
+def test_a_set_is_read_from_a_web_server(tmp_path: Path, cache: Cache) -> None:
+    """A plain one, which neither lists folders nor serves ranges."""
+    write_set(tmp_path / "site" / "set", 10)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "site")) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            address = f"http://127.0.0.1:{server.server_port}/set"
+            index = load_index(address, cache=cache)
+            index.check()
+            assert len(records(index, cache)) == 10
+            assert load_index(f"{address}/{{000000..000001}}.tar", cache=cache).fingerprint == index.fingerprint
+            with pytest.raises(ValueError, match="nowhere.*: no index.json and no .tar files there"):
+                load_index(f"{address}/nowhere", cache=cache)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 def test_the_cache_stays_bounded(tmp_path: Path, remote: str) -> None:
     index = load_index(remote, cache=Cache(str(tmp_path / "other"), gib=1.0))
     cache = Cache(str(tmp_path / "small"), gib=2.5 * index.shards[0].bytes / 2**30)
@@ -453,11 +480,11 @@ def test_a_failing_store_is_tried_again(
     index = load_index(remote, cache=cache)
     real, failures = storage._copy, iter([ConnectionError("reset by peer"), TimeoutError("slow")])
 
-    def flaky(url: str, file: io.BufferedWriter) -> None:
-        file.write(b"half a shard")
+    def flaky(url: str, path: Path) -> None:
+        path.write_bytes(b"half a shard" * 100_000)
         if (error := next(failures, None)) is not None:
             raise error
-        real(url, file)
+        real(url, path)
 
     monkeypatch.setattr(storage, "_copy", flaky)
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)

@@ -81,8 +81,7 @@ class Cache:
         storage.check_url(url, allow_pipe=self.allow_pipe)
         part = path.with_suffix(".part")
         try:
-            with open(part, "wb") as file:
-                storage.download(url, file)
+            storage.download(url, part)
             if sha256 is not None and (found := storage.sha256_of(part)) != sha256:
                 raise ValueError(changed(url, found, sha256))
             os.replace(part, path)

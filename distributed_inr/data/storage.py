@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit
 
 logger = logging.getLogger(__name__)
@@ -143,22 +143,18 @@ def explain(error: OSError, folder: str) -> ValueError:
     return ValueError(f"cannot write to {folder}: {error.strerror or error}; choose another place or its rights")
 
 
-def download(url: str, file: BinaryIO) -> None:
-    """Write the whole contents of `url` to `file`. Raises FileNotFoundError when there is none."""
-    _retry(url, lambda: _copy(url, file))
+def download(url: str, path: Path) -> None:
+    """Write the whole contents of `url` to a local file. Raises FileNotFoundError when there is none."""
+    _retry(url, lambda: _copy(url, path))
 
 
-def _copy(url: str, file: BinaryIO) -> None:
-    file.seek(0)
-    file.truncate()
+def _copy(url: str, path: Path) -> None:
     if url.startswith("pipe:"):
-        subprocess.run(url.removeprefix("pipe:"), shell=True, stdout=file, check=True)
-        return
-    filesystem, path = _filesystem(url)
-    with filesystem.open(path, "rb") as source:
-        while block := source.read(1 << 20):
-            file.write(block)
-    file.flush()
+        with open(path, "wb") as file:
+            subprocess.run(url.removeprefix("pipe:"), shell=True, stdout=file, check=True)
+    else:
+        filesystem, source = _filesystem(url)
+        filesystem.get_file(source, str(path))
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
