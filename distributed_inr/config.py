@@ -136,7 +136,9 @@ def parse(argv: Sequence[str], presets: Mapping[str, Callable[[], C]], *, defaul
     if unknown:
         flags = ["--" + path.replace("_", "-") for path in fields]
         raise ValueError(_unknown("flag", unknown[0].split("=")[0], flags))
-    return override(value, {path: None if text == "none" else text for path, text in vars(parsed).items()})
+    optional = {path for path, (hint, _, _) in fields.items() if type(None) in typing.get_args(hint)}
+    empty = {path for path, text in vars(parsed).items() if text == "none" and path in optional}
+    return override(value, {path: None if path in empty else text for path, text in vars(parsed).items()})
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
