@@ -70,6 +70,12 @@ def test_transparency_is_laid_on_white() -> None:
     assert pixel(bytes_of(palette, "PNG", transparency=1)) == (255, 255, 255)
 
 
+def test_a_transparent_colour_of_an_rgb_file_becomes_white() -> None:
+    content = bytes_of(Image.new("RGB", (2, 2), (9, 8, 7)), "PNG", transparency=(9, 8, 7))
+    stored = Image.open(io.BytesIO(pictures.encode(content, Shape())[1]))
+    assert stored.info == {} and stored.getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_cmyk_and_grey_become_rgb() -> None:
     assert pixel(bytes_of(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))[0] > 200
     assert pixel(bytes_of(Image.new("L", (2, 2), 77), "PNG")) == (77, 77, 77)

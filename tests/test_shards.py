@@ -109,6 +109,18 @@ def test_an_interrupted_writer_goes_on_and_ends_with_the_same_bytes(tmp_path: Pa
     assert len(list((tmp_path / "parts").iterdir())) == len(list((tmp_path / "whole").iterdir()))
 
 
+def test_a_writer_writes_torn_shards_again(tmp_path: Path) -> None:
+    for attempt in range(2):
+        writer = ShardWriter(tmp_path / "set", domain="image", protocol={}, shard_samples=2)
+        for i in range(6):
+            if f"{i}" not in writer.done:
+                writer.write({"__key__": f"{i}", "bin": bytes(3000)})
+        writer.close(write_index=attempt == 1)
+        if attempt == 0:
+            os.truncate(tmp_path / "set" / "000001.tar", 5000)
+    load_index(str(tmp_path / "set")).check()
+
+
 def test_no_space_is_one_clear_line_and_leaves_complete_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = ShardWriter(tmp_path / "set", domain="image", protocol={}, shard_samples=2)
     for i in range(4):
