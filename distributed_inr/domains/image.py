@@ -19,7 +19,8 @@ from distributed_inr.config import config
 from distributed_inr.domains.domain import Domain, Queries, Record, Signal, pixel_centres
 from distributed_inr.field import Field
 
-_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
+"""Member suffix -> the one decoder that is tried on it."""
 
 
 @config
@@ -170,11 +171,11 @@ class Image(Domain):
 
 def decode_image(record: Record, max_pixels: int) -> UInt8[Tensor, "3 height width"]:
     """The picture of a record as 8-bit RGB. Raises ValueError naming the key when it cannot be decoded."""
-    suffix = next((s for s in _SUFFIXES if s in record), None)
+    suffix = next((s for s in _FORMATS if s in record), None)
     if suffix is None:
-        raise ValueError(f"{record['__key__']}: no picture; expected one of {', '.join(_SUFFIXES)} in the shard")
+        raise ValueError(f"{record['__key__']}: no picture; expected one of {', '.join(_FORMATS)} in the shard")
     try:
-        with PillowImage.open(io.BytesIO(record[suffix])) as picture:
+        with PillowImage.open(io.BytesIO(record[suffix]), formats=(_FORMATS[suffix],)) as picture:
             if picture.width * picture.height > max_pixels:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, above domain.max_pixels={max_pixels}")
             pixels = np.array(picture.convert("RGB"))
