@@ -60,7 +60,7 @@ def thumbnail(truth: Pictures, *, numbers: int) -> Pictures:
     return enlarge(small, truth.shape[-1])
 
 
-def enlarge(pictures: Pictures, size: int) -> Pictures:
+def enlarge(pictures: Pictures, size: int) -> Float[Tensor, "batch 3 size size"]:
     """Bicubic interpolation to `size` pixels a side."""
     return F.interpolate(pictures, size=(size, size), mode="bicubic", align_corners=False).clamp(0, 1)
 
@@ -119,8 +119,9 @@ def kid(features: Float[Tensor, "count dim"], reference: Float[Tensor, "count2 d
     """Kernel distance (KID) of two sets of features, and its standard error.
 
     The unbiased estimate, over all pairs, of the squared maximum mean discrepancy under k(x, y) = (x y / dim + 1)^3; it
-    may be slightly negative. The error is the deviation over random halves of both sets (delete-half jackknife).
-    torchmetrics' KID needs sets of equal size and draws its subsets from the global generator.
+    may be slightly negative. The error is the deviation over random halves of both sets (delete-half jackknife), which
+    is twice too large where the distributions are equal. torchmetrics' KID needs sets of equal size and draws its
+    subsets from the global generator.
     """
     kernels = [_kernel(a, b) for a, b in [(features, features), (reference, reference), (features, reference)]]
     generator = np.random.default_rng(0)
