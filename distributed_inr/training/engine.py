@@ -173,14 +173,20 @@ class DeepSpeedEngine:
         self._module, self._stage, self._num_micro_batches = module, scale.zero_stage, num_micro_batches
         self._pending: list[tuple[dict[str, Tensor], Sequence[str]]] = []
         self.steps = 0
+        self._max_grad_norm = optim.max_grad_norm
         bucket = min(BUCKET, 2 * sum(p.numel() for p in module.parameters()))  # even, as it demands
+        zero: dict[str, Any] = {"stage": self._stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        if self._stage in (1, 2):
+            zero["compute_grad_norm"] = False  # ours, for the check, is enough; its own in float64 takes 10 % of a step
+            if not torch.cuda.is_available():  # on a CPU, its copies to overlap with communication take 20 %
+                zero |= {"contiguous_gradients": False, "reduce_scatter": False}
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": num_micro_batches,
-            "gradient_clipping": optim.max_grad_norm or 0.0,  # its own default is 1
+            "gradient_clipping": (optim.max_grad_norm or 0.0) if self._stage == 3 else 0.0,  # its own default is 1
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": self._stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
+            "zero_optimization": zero,
         }
         self._adamw = _adamw(module, optim)
         self._engine: Any = deepspeed.initialize(
@@ -198,7 +204,10 @@ class DeepSpeedEngine:
         metrics = None
         if len(self._pending) == self._num_micro_batches:
             pending, self._pending = self._pending, []
-            metrics = _agree(pending, _squared_norm(self._gradients(), shared=self._stage == 0), self.steps)
+            gradients = self._gradients()
+            metrics = _agree(pending, _squared_norm(gradients, shared=self._stage == 0), self.steps)
+            if self._stage != 3:
+                _clip(gradients, metrics["grad_norm"], self._max_grad_norm)
             self.steps += 1
             for group in self._adamw.param_groups:
                 group["lr"] = lr
@@ -302,10 +311,8 @@ class AccelerateEngine:
         gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
         pending, self._pending = self._pending, []
         metrics = _agree(pending, _squared_norm(gradients, shared=True), self.steps)
+        _clip(gradients, metrics["grad_norm"], self._max_grad_norm)
         self.steps += 1
-        if self._max_grad_norm is not None:
-            norm = torch.tensor(metrics["grad_norm"], device=self.device)
-            nn.utils.clip_grads_with_norm_(self._module.parameters(), self._max_grad_norm, norm)
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
@@ -354,6 +361,11 @@ def _squared_norm(gradients: list[Tensor], *, shared: bool) -> Tensor:
     """This rank's part of the squared global norm; shared: every rank has the whole gradient."""
     squared = nn.utils.get_total_norm(gradients).double().square()
     return squared / dist.get_world_size() if shared and dist.is_initialized() else squared
+
+
+def _clip(gradients: list[Tensor], norm: float, max_norm: float | None) -> None:
+    if max_norm is not None and norm > max_norm:
+        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
 
 
 def _agree(
