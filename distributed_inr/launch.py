@@ -5,6 +5,7 @@ It runs again from its beginning when Ray restarts the workers, so it must resum
 """
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -195,7 +196,7 @@ class _OnRay:
         num_workers: int | None = None,
         stoppable: bool = False,
     ) -> None:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.train.v2.api.config import LoggingConfig
 
@@ -203,13 +204,9 @@ class _OnRay:
             _InProcess(self.scale).run(function, title=title, folder=folder, stoppable=stoppable)
             return
         world = num_workers or self.num_workers
-        mail, scale, directory = _Mail(uuid.uuid4().hex), self.scale, os.getcwd()
-
-        def worker() -> None:  # by value: it carries what the workers need
-            _work(function, mail=mail, scale=scale, folder=folder, directory=directory)
-
+        mail, scale = _Mail(uuid.uuid4().hex), self.scale
         trainer = TorchTrainer(
-            worker,
+            functools.partial(_work, function, mail=mail, scale=scale, folder=folder, directory=os.getcwd()),
             scaling_config=ScalingConfig(
                 num_workers=world, use_gpu=self.use_gpu, resources_per_worker={"CPU": self.cpus} | self._gpu()
             ),
@@ -231,6 +228,8 @@ class _OnRay:
             mail.close()
         if mistake is not None:
             raise ValueError(mistake)
+        if error is not None and not isinstance(error, WorkerGroupError):
+            raise error
         if error is not None:
             first = cause or f"a worker died ({error})"
             raise RuntimeError(

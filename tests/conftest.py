@@ -1,0 +1,83 @@
+"""A Ray cluster for the tests that need one: on this machine, behind a token of its own, started once."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+
+@dataclass(frozen=True)
+class LocalRay:
+    """A running `ray start --head`, and the environment of those who may use it."""
+
+    address: str
+    dashboard: str
+    home: Path
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[LocalRay]:
+    folder = Path(tempfile.mkdtemp(prefix="dinr-"))  # short: Ray's sockets lie below it
+    home, ports = folder / "home", free_ports(4)
+    home.mkdir()
+    (folder / "token").write_text("0123456789abcdef" * 4)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "HOME": str(home),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = ["ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2", "--num-gpus=0"]
+    command += ["--node-ip-address=127.0.0.1", f"--temp-dir={folder / 'ray'}", "--object-store-memory=100000000"]
+    names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
+    command += [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
+    log = (folder / "log.txt").open("w")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        wait_for(ports[:2], process, folder / "log.txt")
+        address = f"127.0.0.1:{ports[0]}"
+        yield LocalRay(address, f"http://127.0.0.1:{ports[1]}", home, environment | {"RAY_ADDRESS": address})
+    finally:
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait(60)
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def wait_for(ports: list[int], process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        open_ports = 0
+        for port in ports:
+            with socket.socket() as one:
+                open_ports += one.connect_ex(("127.0.0.1", port)) == 0
+        if open_ports == len(ports):
+            return
+        time.sleep(0.2)
+    raise TimeoutError(log.read_text())

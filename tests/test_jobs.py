@@ -1,0 +1,108 @@
+"""The training job as a person runs it: flags, exit codes, interruption, and `ray job submit`."""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import LocalRay
+
+TINY = """
+    --domain.size 16 --domain.scales 1 --domain.scale-weights 1
+    --autoencoder.encoder.channels 8 --autoencoder.encoder.multipliers 1 2
+    --autoencoder.latent-channels 2 --autoencoder.decoder-channels 8 --autoencoder.decoder-multipliers 1 2
+    --autoencoder.num-fields 2 --autoencoder.field-channels 8 --autoencoder.readout-width 16
+    --autoencoder.num-points 64 --autoencoder-training.num-samples 64
+    --prior.denoiser.channels 8 --prior.denoiser.multipliers 1 2 --prior.denoiser.head-dim 8
+    --prior-training.num-samples 64 --sampling.steps 2 --sampling.count 4
+    --evaluation.num-samples 0 --evaluation.max-reconstructions 4
+""".split()
+ALONE = "--scale.launcher none --scale.engine accelerate --scale.num-threads 1".split()
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["jobs/train_ddmi.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path("jobs/train_ddmi.py", run_name="__main__")
+    return ended.value.code  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["furniture-imag"], "error: unknown preset 'furniture-imag'; did you mean furniture-image?"),
+        (["--scale.num-worker", "2"], "error: unknown flag '--scale.num-worker'; did you mean --scale.num-workers?"),
+        (["--seed", "one"], "error: seed='one': "),
+        (["--domain.size", "-3"], "error: domain.size='-3': "),
+        (["--domain.size", "60"], "error: domain.size=60 must be a multiple of the encoder's reduction 8; try 56"),
+        (["--scale.launcher", "none", "--scale.num-workers", "2"], "needs launcher='ray'"),
+        (["--data.train", "nowhere"], "error: nowhere: no index.json and no .tar files there; check the path"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+):
+    assert run_here(monkeypatch, *arguments, "--output", str(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_every_option_with_its_default(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert run_here(monkeypatch, "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--autoencoder.kl-weight" in shown and "--prior-training.optim.lr" in shown and "(default: 0.001)" in shown
+    assert "presets: furniture-image, " in shown
+
+
+@pytest.mark.slow
+def test_an_interrupted_job_says_so_and_goes_on_with_the_same_command(tmp_path: Path):
+    command = [sys.executable, "jobs/train_ddmi.py", *TINY, *ALONE, "--output", str(tmp_path)]
+    endless = [*command, "--prior-training.num-samples", "10000000"]
+    metrics = tmp_path / "ddmi" / "furniture-image" / "prior" / "metrics.jsonl"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(endless, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        assert job.poll() is None
+        time.sleep(0.1)
+    job.send_signal(signal.SIGINT)
+    _, error = job.communicate(timeout=60)
+    assert job.returncode == 130, error
+    assert "stopped; the same command goes on from the newest checkpoint" in error and "Traceback" not in error
+    assert len(list((metrics.parent / "checkpoints").glob("*/manifest.json"))) == 1
+
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "prior_training.num_samples is 10000000 there and 64 here" in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "workers"), [([], 2), (["--working-dir", "."], 1)], ids=["in-place", "working-dir"]
+)
+def test_ray_job_submit_runs_the_job_and_keeps_its_output(local_ray: LocalRay, options: list[str], workers: int):
+    name = f"submitted-{workers}"
+    job = ["python", "jobs/train_ddmi.py", *TINY, "--name", name, "--scale.num-workers", str(workers)]
+    done = subprocess.run(
+        ["ray", "job", "submit", "--address", local_ray.dashboard, *options, "--", *job],
+        env=local_ray.environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = local_ray.home / "distributed_inr" / "runs" / "ddmi" / name
+    assert f"output: {folder.parents[1]}" in done.stdout
+    for made in ("config.json", "autoencoder/model.safetensors", "prior/model.safetensors", "report.md"):
+        assert (folder / made).is_file()
+        assert f"{folder / made}\n" in done.stdout

@@ -1,0 +1,158 @@
+"""Workers under Ray Train: progress, mistakes, crashes, kills and stops. The cluster is the fixture's."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LocalRay
+from tiny_run import tiny_experiment, write_pictures
+
+from distributed_inr import pipeline
+from distributed_inr.config import override
+from distributed_inr.launch import Launcher, Worker, launcher
+from distributed_inr.training.engine import Scale
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def place(local_ray: LocalRay) -> Iterator[Launcher]:
+    """Two workers on the fixture's cluster, found by RAY_ADDRESS as anyone's."""
+    before = dict(os.environ)
+    os.environ |= local_ray.environment
+    try:
+        with launcher(Scale(max_failures=1)) as place:
+            yield place
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def test_two_workers_share_two_cores_and_the_driver_takes_none(
+    place: Launcher, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    directory = os.getcwd()
+
+    def work(worker: Worker) -> None:
+        total = torch.ones(1)
+        torch.distributed.all_reduce(total)
+        assert total == worker.world == 2
+        found = {"rank": worker.rank, "threads": torch.get_num_threads(), "directory": os.getcwd()}
+        (tmp_path / f"{worker.rank}.json").write_text(json.dumps(found))
+        worker.report({"loss": 1.0})
+        if worker.rank == 0:
+            worker.progress(3, 8, {"loss": 0.25, "samples/s": 12.0})
+            time.sleep(1.5)
+
+    assert place.num_workers == 2 and place.num_nodes == 1
+    place.run(work, title="probe", folder=tmp_path)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found == [{"rank": rank, "threads": 1, "directory": directory} for rank in range(2)]
+    shown = capfd.readouterr().err
+    assert "probe:  38%" in shown and "3/8" in shown and "12.00 samples/s, loss 0.25" in shown
+    assert "pid=" not in shown  # nothing of Ray's own
+    assert not (tmp_path / "ray").exists()
+
+
+def test_a_mistake_on_one_worker_is_one_line_and_is_not_tried_again(place: Launcher, tmp_path: Path):
+    def work(worker: Worker) -> None:
+        (tmp_path / f"ran-{worker.rank}-{time.time_ns()}").touch()
+        if worker.rank == 1:
+            raise ValueError("data.train='x' holds nothing; give another")
+        torch.distributed.barrier()
+
+    with pytest.raises(ValueError, match=r"^data.train='x' holds nothing; give another$"):
+        place.run(work, title="mistaken", folder=tmp_path)
+    assert len(list(tmp_path.glob("ran-1-*"))) == 1
+
+
+def test_a_crash_loop_ends_after_max_failures_with_its_first_cause(
+    place: Launcher, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    def work(worker: Worker) -> None:
+        if worker.rank == 0:
+            attempt = len(list(tmp_path.glob("ran-*")))
+            (tmp_path / f"ran-{attempt}").touch()
+            raise RuntimeError(f"out of luck, attempt {attempt}")
+        torch.distributed.barrier()
+
+    with pytest.raises(RuntimeError, match=r"(?s)max_failures=1 restarts.*First cause: .*out of luck, attempt 0"):
+        place.run(work, title="crashing", folder=tmp_path)
+    assert len(list(tmp_path.glob("ran-*"))) == 2
+    assert "workers restarted, 1 of at most 1 times: RuntimeError: out of luck, attempt 0" in capfd.readouterr().err
+
+
+def test_an_interrupt_stops_the_workers_after_their_step(place: Launcher, tmp_path: Path):
+    def work(worker: Worker) -> None:
+        if worker.rank == 0:
+            (tmp_path / "running").touch()
+            deadline = time.monotonic() + 60
+            while not worker.stop() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            (tmp_path / "checkpoint").touch()
+
+    def interrupt() -> None:
+        while not (tmp_path / "running").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(SystemExit) as ended:
+        place.run(work, title="interrupted", folder=tmp_path, stoppable=True)
+    assert ended.value.code == 130
+    assert (tmp_path / "checkpoint").exists()
+
+
+def test_training_killed_and_restarted_equals_uninterrupted_training_bitwise(place: Launcher, tmp_path: Path):
+    write_pictures(tmp_path / "train", 20, seed=1)
+    changes = {
+        "data.val": None,
+        "data.num_streams": 4,
+        "autoencoder_training.num_samples": 24,
+        "autoencoder_training.batch_size": 4,
+        "autoencoder_training.log_every_samples": 4,
+        "autoencoder_training.checkpoint_every_samples": 12,
+        "autoencoder_training.ema_half_life_samples": 8,
+    }
+    experiment = override(tiny_experiment(tmp_path), changes)
+    folders = {name: tmp_path / name for name in ("whole", "killed")}
+    for name, folder in folders.items():
+        stage = pipeline.Stage(folder, {})
+        stage.begin({})
+
+        def work(worker: Worker, name: str = name, stage: pipeline.Stage = stage) -> None:
+            steps = 0
+
+            def kill_after_step_five() -> bool:
+                nonlocal steps
+                steps += 1
+                if name == "killed" and worker.rank == 1 and steps == 5 and not (tmp_path / "shot").exists():
+                    (tmp_path / "shot").touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return False
+
+            marked = dataclasses.replace(worker, stop=kill_after_step_five)
+            pipeline.fit_autoencoder(marked, experiment=experiment, stage=stage)
+
+        place.run(work, title=name, folder=folder, stoppable=True)
+
+    assert (tmp_path / "shot").exists()
+    assert "12 of 24 samples done" in (folders["killed"] / "log.txt").read_text()  # it did go on from step 3
+    whole, killed = (read_losses(folder) for folder in folders.values())
+    assert len(whole) == 6 and killed == whole
+    assert (folders["killed"] / "model.safetensors").read_bytes() == (
+        folders["whole"] / "model.safetensors"
+    ).read_bytes()
+
+
+def read_losses(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
