@@ -40,6 +40,7 @@ _MISTAKES = (ValueError, FloatingPointError)
 
 _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # a report blocks its worker until it is collected
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a busy machine imports slowly
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # would show every worker's lines twice
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they meant to the person who typed them
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; without it Ray warns
