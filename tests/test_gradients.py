@@ -1,6 +1,7 @@
 """The D2C-VAE's gradient, encoder included, does not depend on how a batch is split over processes and passes."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from distributed_inr.domains.image import Image
 from distributed_inr.models.d2c_vae import D2CVAE
 from distributed_inr.models.encoders import PixelEncoder
 from distributed_inr.randomness import sample_seed
-from distributed_inr.training.engine import Optim, build_engine
+from distributed_inr.training.engine import Optim, Scale, build_engine
 from distributed_inr.training.fragments import gather
 
 BATCH = 16
@@ -64,12 +65,12 @@ def plain_gradient(dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in module.named_parameters()}
 
 
-def engine_gradient(name: str, micro: int, dtype: torch.dtype, *, unwrapped: bool = False) -> dict[str, Tensor]:
+def engine_gradient(scale: Scale, micro: int, dtype: torch.dtype, *, unwrapped: bool) -> dict[str, Tensor]:
     """What the optimizer was given: after one step from nothing, AdamW's first moment is a tenth of the gradient."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     engine = build_engine(
         make_module(dtype),
-        scale=ENGINES[name],
+        scale=scale,
         optim=Optim(max_grad_norm=None, betas=(0.9, 0.999)),
         micro_batch_size=micro,
         num_micro_batches=BATCH // world // micro,
@@ -91,30 +92,33 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor], part: str)
     return float((error / sum(expected[name].double().square().sum() for name in names)).sqrt())
 
 
-def measure(cases: list[tuple[str, int, torch.dtype, bool]]) -> list[dict[str, float]]:
+def measure(
+    cases: list[tuple[str, int, torch.dtype]], unwrapped: bool = False, recompute: bool = False
+) -> list[dict[str, float]]:
     # Models leave autocast with `.float()`; in a float64 module that would round.
     torch.Tensor.float = lambda tensor: tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
     references = {dtype: plain_gradient(dtype) for dtype in (torch.float32, torch.float64)}
     results = []
-    for name, micro, dtype, unwrapped in cases:
-        found = engine_gradient(name, micro, dtype, unwrapped=unwrapped)
+    for name, micro, dtype in cases:
+        scale = replace(ENGINES[name], activation_checkpointing=recompute)
+        found = engine_gradient(scale, micro, dtype, unwrapped=unwrapped)
         if torch.distributed.get_rank() == 0:
             parts = ("", "encoder", "decoder", "readout")
             results.append({part: difference(found, references[dtype], part) for part in parts})
     return results
 
 
-SINGLE = [(name, micro, torch.float32, False) for name in ("deepspeed-1", "accelerate") for micro in (16, 8, 4)]
-SINGLE += [("accelerate", micro, torch.float64, False) for micro in (16, 8, 4)]
-DOUBLE = [(name, micro, torch.float32, False) for name in ENGINES for micro in (8, 4)]
-DOUBLE += [("accelerate", micro, torch.float64, False) for micro in (8, 4)]
+SINGLE = [(name, micro, torch.float32) for name in ("deepspeed-1", "accelerate") for micro in (16, 8, 4)]
+SINGLE += [("accelerate", micro, torch.float64) for micro in (16, 8, 4)]
+DOUBLE = [(name, micro, torch.float32) for name in ENGINES for micro in (8, 4)]
+DOUBLE += [("accelerate", micro, torch.float64) for micro in (8, 4)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "cases"), [(1, SINGLE), (2, DOUBLE)])
 def test_gradient_does_not_depend_on_how_the_batch_is_split(world, cases):
     results = run_processes(measure, world, cases)[0]
-    for (name, micro, dtype, _), errors in zip(cases, results, strict=True):
+    for (name, micro, dtype), errors in zip(cases, results, strict=True):
         limit = 1e-5 if dtype == torch.float32 else 1e-10
         assert max(errors.values()) <= limit, (name, micro, dtype, errors)
 
@@ -122,8 +126,15 @@ def test_gradient_does_not_depend_on_how_the_batch_is_split(world, cases):
 @pytest.mark.slow
 def test_calling_the_module_past_its_engine_gives_another_gradient():
     """The mistake that the tests above are for: the other rank's samples are lost."""
-    (errors,) = run_processes(measure, 2, [("accelerate", 8, torch.float32, True)])[0]
+    (errors,) = run_processes(measure, 2, [("accelerate", 8, torch.float32)], True)[0]
     assert min(errors.values()) > 0.01
+
+
+@pytest.mark.slow
+def test_recomputing_activations_gives_the_same_gradient():
+    cases = [(name, 4, torch.float32) for name in ("deepspeed-1", "deepspeed-3", "accelerate")]
+    for errors in run_processes(measure, 2, cases, False, True)[0]:
+        assert max(errors.values()) <= 1e-5
 
 
 def test_losses_of_a_sample_do_not_depend_on_its_batch():

@@ -21,16 +21,7 @@ from torch import Tensor, nn
 
 from distributed_inr.config import config
 from distributed_inr.domains.domain import Signal
-from distributed_inr.training.fragments import (
-    BUCKET,
-    Fragment,
-    Read,
-    is_first,
-    load_buffers,
-    load_moments,
-    sum_over_ranks,
-    view,
-)
+from distributed_inr.training.fragments import BUCKET, Fragment, Read, is_first, load_state, sum_over_ranks, view
 
 logger = logging.getLogger(__name__)
 
@@ -224,14 +215,13 @@ class DeepSpeedEngine:
         from deepspeed import zero
 
         parameters = dict(self._module.named_parameters())
-        load_moments(self._fragments, self._adamw, read, steps)
+        load_state(self._fragments, self._adamw, self._module, read, steps)
         for f in self._fragments:
             parameter, size = parameters[f.name], math.prod(f.shape)
             with zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
                 if self._stage != 3 or dist.get_rank() == 0:
                     parameter.data.copy_(read("weight", f.name, 0, size).view(f.shape))
             f.weight.copy_(read("weight", f.name, f.offset, f.offset + f.weight.numel()))  # DeepSpeed's own copy
-        load_buffers(self._module, read)
         self.steps = steps
 
     def unwrap(self) -> nn.Module:
@@ -294,9 +284,8 @@ class AccelerateEngine:
         self._adamw = _adamw(module, optim)
         self._wrapped = self._accelerator.prepare_model(_Autocast(module, scale))
         self.device = self._accelerator.device
-        self._fragments = [
-            view(name, p.shape, p, self._adamw, length=p.numel()) for name, p in module.named_parameters()
-        ]
+        named = module.named_parameters()
+        self._fragments = [view(name, p.shape, p, self._adamw, length=p.numel()) for name, p in named]
 
     def forward(self, batch: Signal) -> dict[str, Tensor]:
         last = len(self._pending) + 1 == self._num_micro_batches
@@ -323,10 +312,9 @@ class AccelerateEngine:
         return [f.share(self._accelerator.process_index, self._accelerator.num_processes) for f in self._fragments]
 
     def load(self, read: Read, *, steps: int) -> None:
-        load_moments(self._fragments, self._adamw, read, steps)
+        load_state(self._fragments, self._adamw, self._module, read, steps)
         for fragment in self._fragments:
             fragment.weight.copy_(read("weight", fragment.name, 0, fragment.weight.numel()))
-        load_buffers(self._module, read)
         self.steps = steps
 
     def unwrap(self) -> nn.Module:

@@ -63,15 +63,15 @@ def view(
     return Fragment(name, tuple(shape), offset, held.data.view(-1)[address : address + length], moments)
 
 
-def load_moments(fragments: Iterable[Fragment], adamw: torch.optim.AdamW, read: Read, steps: int) -> None:
+def load_state(
+    fragments: Iterable[Fragment], adamw: torch.optim.AdamW, module: nn.Module, read: Read, steps: int
+) -> None:
+    """Set AdamW's state and the module's buffers; the weights are the engine's to set."""
     for f in fragments:
         for key, moment in f.moments.items():
             moment.copy_(read(key, f.name, f.offset, f.offset + moment.numel()))
     for state in adamw.state.values():
         state["step"].fill_(steps)
-
-
-def load_buffers(module: nn.Module, read: Read) -> None:
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, buffer in module.state_dict().items():
         if name not in parameters:
