@@ -1,6 +1,7 @@
 """Checkpoints: exact resumption under every engine, stage and number of workers; nothing half-written is ever used."""
 
 import json
+import resource
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -266,3 +267,15 @@ def test_a_checkpoint_without_the_average_that_is_asked_for_is_refused(tmp_path)
         reader.check({"w": (2, 5)}, averages=False)
         with pytest.raises(ValueError, match="keeps no average of the weights"):
             reader.check({"w": (2, 5)}, averages=True)
+
+
+def test_no_space_is_one_clear_error_and_leaves_the_earlier_checkpoint(tmp_path):
+    previous = write_checkpoint(tmp_path, 900)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(ValueError, match="000000001000 cannot be written: .*; free some space or choose another"):
+            checkpoint.write(tmp_path / "000000001000", {"model.safetensors": Tensors({"w": torch.ones(10_000)}, {})})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert checkpoint.newest(tmp_path) == previous

@@ -74,13 +74,19 @@ def snapshot(engine: Engine, *, averages: Sequence[Fragment], config_json: str, 
 
 def write(path: Path, files: Files) -> dict[str, dict[str, Any]]:
     """Write files into a checkpoint's directory; returns the size and sha256 of each."""
-    path.mkdir(parents=True, exist_ok=True)
-    for name, contents in files.items():
-        if isinstance(contents, str):
-            (path / name).write_text(contents)
-        else:
-            save_file({k: v.contiguous() for k, v in contents.tensors.items()}, path / name, contents.metadata)
-    return {name: _describe(path / name) for name in files}
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for name, contents in files.items():
+            if isinstance(contents, str):
+                (path / name).write_text(contents)
+            else:
+                save_file({k: v.contiguous() for k, v in contents.tensors.items()}, path / name, contents.metadata)
+        return {name: _describe(path / name) for name in files}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"checkpoint {path} cannot be written: {error}; free some space or choose another output folder "
+            "(earlier checkpoints are intact)"
+        ) from error
 
 
 def commit(path: Path, written: dict[str, dict[str, Any]], *, keep: int) -> None:
