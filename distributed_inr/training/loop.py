@@ -86,10 +86,8 @@ def train(
     """
     # --- build: this worker's share of a step, and the engine around the module
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batch_size, micro_batch_size = (
-        training.batch_size,
-        training.micro_batch_size or max(1, training.batch_size // world),
-    )
+    batch_size = training.batch_size
+    micro_batch_size = training.micro_batch_size or max(1, batch_size // world)
     unit = world * micro_batch_size
     if batch_size % unit:
         raise ValueError(
