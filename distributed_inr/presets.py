@@ -28,9 +28,9 @@ def furniture_image() -> Experiment:
         domain=Image(size=64, source_size=128),
         data=Data(train="bundled:furniture/train", val="bundled:furniture/val", num_streams=8),
         autoencoder=D2CVAE(
-            encoder=PixelEncoder(channels=16, multipliers=(1, 2, 4, 8), num_blocks=1),
+            encoder=PixelEncoder(channels=16, multipliers=(1, 2, 4, 4), num_blocks=1),
             latent_channels=4,
-            decoder_channels=32,
+            decoder_channels=24,
             decoder_multipliers=(1, 2, 4),
             decoder_blocks=0,
             field_channels=32,
@@ -39,7 +39,7 @@ def furniture_image() -> Experiment:
             kl_weight=1e-6,
             kl_anneal_samples=autoencoder_samples * 9 // 10,
         ),
-        prior=LatentDiffusion(denoiser=UNet(channels=64, multipliers=(1, 2, 2), num_blocks=1)),
+        prior=LatentDiffusion(denoiser=UNet(channels=96, multipliers=(1, 1), num_blocks=2, attention_from=0)),
         autoencoder_training=Training(
             num_samples=autoencoder_samples,
             batch_size=16,
