@@ -160,7 +160,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
             f"{path} does not fit the run's config.json: {name} is {shapes[0]} in the file and {shapes[1]} in the "
             "model; both must come from the same run"
         )
-    module.load_state_dict({name: w.float() if w.is_floating_point() else w for name, w in weights.items()})
+    module.load_state_dict(weights)  # into float32, whatever the file's precision
     module.eval().requires_grad_(False)
 
 

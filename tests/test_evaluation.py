@@ -26,9 +26,9 @@ def test_psnr_is_minus_ten_log_of_the_mean_squared_error_of_each_picture():
 
 
 def test_ssim_of_a_flat_shift_has_a_closed_form():
-    truth, found = torch.full((1, 3, 32, 32), 0.4), torch.full((1, 3, 32, 32), 0.6)
+    truth, found = torch.full((1, 3, 32, 32), 0.01), torch.full((1, 3, 32, 32), 0.03)
     # No contrast: only the luminance term is left; variances as small differences of float32 leave 3e-4.
-    expected = (2 * 0.4 * 0.6 + 0.01**2) / (0.4**2 + 0.6**2 + 0.01**2)
+    expected = (2 * 0.01 * 0.03 + 0.01**2) / (0.01**2 + 0.03**2 + 0.01**2)
     torch.testing.assert_close(metrics.ssim(found, truth), torch.tensor([expected]), rtol=0, atol=1e-3)
     assert metrics.ssim(torch.rand(3, 3, 32, 32), torch.rand(3, 3, 32, 32)).shape == (3,)
 

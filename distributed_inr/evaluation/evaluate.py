@@ -6,6 +6,7 @@ Everything runs in the calling process, on the GPU where there is one, with the 
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ Progress = Callable[[int, int, dict[str, float]], None]
 
 MAX_TRAINING_PICTURES = 2048
 """Training pictures, evenly spaced, that the mean picture and the nearest neighbours are taken from."""
-CHECKPOINT_SAMPLES = 128
+CHECKPOINT_SAMPLES = 64
 """Samples drawn from each kept checkpoint of the prior, for the course of KID through training."""
 NEIGHBOUR_PIXELS = 64
 """Distances to training pictures are taken at this many pixels a side, or at the domain's size if that is less."""
@@ -223,7 +224,8 @@ def _distances(
 
     network = metrics.EfficientNetLite0().to(model.device)
     reference = _features(network, (_unit(signal.inputs) for signal in training.batches(numbers)), bar)
-    value, error = metrics.kid(_features(network, samples.split(evaluation.batch_size), bar), reference)
+    features = _features(network, samples.split(evaluation.batch_size), bar)
+    value, error = metrics.kid(features, reference)
     kid = {
         "value": value,
         "standard_error": error,
@@ -235,16 +237,17 @@ def _distances(
         batches = held_out.batches(held_out.spread(len(samples)))
         value, error = metrics.kid(_features(network, (_unit(signal.inputs) for signal in batches), bar), reference)
         kid |= {"held_out_value": value, "held_out_standard_error": error}
-    course = []
-    for path in _checkpoints(model.folder):
-        prior = model.experiment.prior.build(model.autoencoder.latent_shape)
-        load_weights(prior, path)
-        then = FieldModel(model.experiment, model.folder, model.autoencoder, prior.to(model.device), model.device)
-        latents = then.sample_latents(min(CHECKPOINT_SAMPLES, len(samples)), seed=model.experiment.seed)
-        drawn = (fields.render(size) for fields in _decode(then, latents))
-        value, error = metrics.kid(_features(network, drawn, bar), reference)
-        seen = int(path.parent.name)
-        course.append({"samples_seen": seen, "value": value, "standard_error": error, "samples": len(latents)})
+    course, few = [], min(CHECKPOINT_SAMPLES, len(samples))
+    for seen, path in _checkpoints(model).items():
+        if path is None:
+            then = features[:few]
+        else:
+            prior = model.experiment.prior.build(model.autoencoder.latent_shape)
+            load_weights(prior, path)
+            latents = replace(model, prior=prior.to(model.device)).sample_latents(few, seed=model.experiment.seed)
+            then = _features(network, (fields.render(size) for fields in _decode(model, latents)), bar)
+        value, error = metrics.kid(then, reference)
+        course.append({"samples_seen": seen, "value": value, "standard_error": error, "samples": few})
     found: dict[str, Any] = {"kid_efficientnet_lite0": kid, "kid_efficientnet_lite0_by_checkpoint": course}
 
     if evaluation.inception_weights is None:
@@ -279,7 +282,8 @@ class Bar:
                 networks = 1 if evaluation.inception_weights is None else 2
                 self.total += networks * (evaluation.num_samples + len(training.spread(2 * evaluation.num_samples)))
                 self.total += 0 if held_out is None else len(held_out.spread(evaluation.num_samples))
-                self.total += min(CHECKPOINT_SAMPLES, evaluation.num_samples) * len(_checkpoints(model.folder))
+                earlier = [path for path in _checkpoints(model).values() if path is not None]
+                self.total += min(CHECKPOINT_SAMPLES, evaluation.num_samples) * len(earlier)
 
     def advance(self, count: int) -> None:
         self.done += count
@@ -328,8 +332,15 @@ def _features(network: nn.Module, batches: Iterator[Tensor] | Sequence[Tensor], 
     return torch.cat(parts)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Weights to sample with of each complete checkpoint of the prior, oldest first: averaged ones where there are."""
-    complete = sorted(path.parent for path in (folder / "prior" / "checkpoints").glob("*/manifest.json"))
-    pairs = [(path / "ema.safetensors", path / "model.safetensors") for path in complete if path.name.isdigit()]
-    return [averaged if averaged.is_file() else plain for averaged, plain in pairs]
+def _checkpoints(model: FieldModel) -> dict[int, Path | None]:
+    """By samples seen, oldest first: the weights of each complete checkpoint of the prior, averaged ones where there
+    are; None for the last of a finished run, which is the model itself.
+    """
+    complete = sorted(path.parent for path in (model.folder / "prior" / "checkpoints").glob("*/manifest.json"))
+    found: dict[int, Path | None] = {}
+    for path in complete:
+        averaged, plain = path / "ema.safetensors", path / "model.safetensors"
+        if path.name.isdigit():
+            is_last = int(path.name) >= model.experiment.prior_training.num_samples
+            found[int(path.name)] = None if is_last else averaged if averaged.is_file() else plain
+    return found

@@ -160,7 +160,7 @@ def _neighbours(samples: dict[str, Any], pictures: list[str]) -> list[str]:
     median = f"Median over {found['samples']} samples: {found['median']:.3f}, smallest {found['smallest']:.3f}"
     if "held_out_median" in found:
         median += f"; median of {found['held_out_pictures']} held-out pictures: {found['held_out_median']:.3f}"
-    lines += [f"{median}. Samples much nearer than held-out pictures are would be copies of training pictures.", ""]
+    lines += [f"{median}. Copies of training pictures would lie much nearer than held-out pictures do.", ""]
     return lines + _show(pictures, "neighbours.png")
 
 
