@@ -263,7 +263,7 @@ def sheet(
 ) -> Image.Image:
     """Pictures of one size in a grid on white, with a label under each and titles at the top and the left."""
     cell = max((picture.width for row in rows for picture in row), default=1)
-    font = ImageFont.load_default(size=14)
+    font = ImageFont.load_default(size=max(14, cell // 24))
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
     def extent(text: str) -> tuple[int, int]:
