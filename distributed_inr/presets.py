@@ -22,7 +22,7 @@ def furniture_image() -> Experiment:
 
     python jobs/train_ddmi.py
     """
-    autoencoder_samples, prior_samples = 16_000, 96_000
+    autoencoder_samples, prior_samples = 14_000, 64_000
     return Experiment(
         name="furniture-image",
         domain=Image(size=64, source_size=128),
@@ -46,7 +46,7 @@ def furniture_image() -> Experiment:
             optim=Optim(lr=4e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_samples=800),
             ema_half_life_samples=500,
             log_every_samples=800,
-            checkpoint_every_samples=4_000,
+            checkpoint_every_samples=3_500,
         ),
         prior_training=Training(
             num_samples=prior_samples,
@@ -54,7 +54,7 @@ def furniture_image() -> Experiment:
             optim=Optim(lr=1e-3, betas=(0.9, 0.99), warmup_samples=1_600),
             ema_half_life_samples=4_000,
             log_every_samples=1_600,
-            checkpoint_every_samples=24_000,
+            checkpoint_every_samples=16_000,
             keep_checkpoints=4,
         ),
         scale=Scale(zero_stage=1),

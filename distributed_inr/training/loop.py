@@ -242,7 +242,7 @@ def _open_logs(folder: Path, samples: int) -> SummaryWriter:
     return SummaryWriter(str(folder / "tensorboard"), purge_step=samples + 1)
 
 
-def _log(folder: Path, writer: SummaryWriter, record: dict[str, float]) -> None:
+def _log(folder: Path, writer: SummaryWriter, record: dict[str, Any]) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
     for name, value in record.items():
