@@ -95,8 +95,6 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor], part: str)
 def measure(
     cases: list[tuple[str, int, torch.dtype]], unwrapped: bool = False, recompute: bool = False
 ) -> list[dict[str, float]]:
-    # Models leave autocast with `.float()`; in a float64 module that would round.
-    torch.Tensor.float = lambda tensor: tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
     references = {dtype: plain_gradient(dtype) for dtype in (torch.float32, torch.float64)}
     results = []
     for name, micro, dtype in cases:

@@ -148,7 +148,7 @@ class D2CVAEModel(FieldAutoencoder):
 
     def _statistics(self, signal: Signal) -> tuple[Tensor, Tensor]:
         inputs = signal.inputs.contiguous(memory_format=torch.channels_last)
-        mean, log_variance = self.encoder(inputs).float().chunk(2, dim=1)
+        mean, log_variance = _at_least_float32(self.encoder(inputs)).chunk(2, dim=1)
         return mean, log_variance.clamp(-30.0, 20.0)
 
     def _lpips(self, observed: Tensor, values: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class D2CVAEModel(FieldAutoencoder):
         for fields in basis:  # [batch, planes, channels, height, width], coarse to fine
             sums = sum(interpolate(fields[:, i], coords[..., list(axes)]) for i, axes in enumerate(self.axes))
             embeddings.append(sums)
-        return self.readout(embeddings, view).float()
+        return _at_least_float32(self.readout(embeddings, view))
 
 
 class ReadOut(nn.Module):
@@ -214,3 +214,8 @@ class ReadOutBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch points in_dim"]) -> Float[Tensor, "batch points width"]:
         return self.shortcut(x) + self.second(F.silu(self.first(x)))
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    """Leave autocast's half precision; float64, in which gradients are checked, stays as it is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
