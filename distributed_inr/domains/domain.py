@@ -88,6 +88,8 @@ class Domain(ABC):
     """Turns records into signals, and fields into things to look at. Subclasses are final `@config` classes."""
 
     kind: str
+    size: int
+    """Base resolution: cells a side of what the encoder sees."""
     coord_dim: ClassVar[int]
     value_dim: ClassVar[int]
     view_dim: ClassVar[int]

@@ -1,6 +1,6 @@
 """Encoders of the D2C-VAE: from what a sensor measured to a latent plane's feature map."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 from jaxtyping import Float
@@ -92,16 +92,18 @@ class TimmFeatures(nn.Module):
 
             near = difflib.get_close_matches(cfg.model, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"autoencoder.encoder.model={cfg.model!r} is not a timm model; did you mean {near}?")
-        strides = timm.create_model(cfg.model, features_only=True, pretrained=False).feature_info.reduction()
+        untrained: Any = timm.create_model(cfg.model, features_only=True, pretrained=False)
+        strides = untrained.feature_info.reduction()
         if cfg.reduction not in strides:
             raise ValueError(
                 f"autoencoder.encoder.reduction={cfg.reduction} is not a stride of {cfg.model}; choose one of {strides}"
             )
         level = strides.index(cfg.reduction)
-        self.backbone = timm.create_model(
+        backbone: Any = timm.create_model(
             cfg.model, features_only=True, pretrained=cfg.pretrained, out_indices=(level,)
         )
-        self.head = nn.Conv2d(self.backbone.feature_info.channels()[-1], out_channels, 1)
+        self.backbone = backbone
+        self.head = nn.Conv2d(backbone.feature_info.channels()[-1], out_channels, 1)
 
     def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels h w"]:
         return self.head(self.backbone(pixels)[-1])

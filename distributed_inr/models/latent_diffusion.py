@@ -36,7 +36,16 @@ class LatentDiffusion:
 
 
 class LatentDiffusionModel(LatentPrior):
-    """Diffusion over latents of one shape."""
+    """Diffusion over latents of one shape.
+
+    Attributes:
+        signal_level: [num_timesteps] the part of a noisy latent's variance that is signal.
+        latent_mean, latent_deviation: [channels, 1, ...] statistics of the training latents.
+    """
+
+    signal_level: Tensor
+    latent_mean: Tensor
+    latent_deviation: Tensor
 
     def __init__(self, cfg: LatentDiffusion, latent_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -57,15 +66,15 @@ class LatentDiffusionModel(LatentPrior):
         timesteps = randomness.integers(signal.seed, "timestep", (), self.cfg.num_timesteps)
         noise = randomness.normal(signal.seed, "noise", self.latent_shape)
 
-        level = self.signal_level[timesteps].view(-1, *[1] * len(self.latent_shape))  # type: ignore[index]
+        level = self.signal_level[timesteps].view(-1, *[1] * len(self.latent_shape))
         noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
         targets = {"epsilon": noise, "x0": clean, "v": level.sqrt() * noise - (1 - level).sqrt() * clean}
         predicted = self.denoiser(noisy, timesteps)
         return {"diffusion": (predicted.float() - targets[self.cfg.prediction]).square().mean()}
 
     def normalise_from(self, mean: Float[Tensor, " channels"], deviation: Float[Tensor, " channels"]) -> None:
-        self.latent_mean.copy_(mean.view_as(self.latent_mean))  # type: ignore[operator, arg-type]
-        self.latent_deviation.copy_(deviation.view_as(self.latent_deviation))  # type: ignore[operator, arg-type]
+        self.latent_mean.copy_(mean.view_as(self.latent_mean))
+        self.latent_deviation.copy_(deviation.view_as(self.latent_deviation))
 
     def sample(
         self, seeds: Int64[Tensor, " count"], *, sampler: Sampler = "ddim", steps: int = 50
@@ -82,9 +91,8 @@ class LatentDiffusionModel(LatentPrior):
         for index, timestep in enumerate(scheduler.timesteps):
             predicted = self.denoiser(noisy, timestep.to(device).expand(len(seeds)))
             extra: dict[str, Any] = {}
-            if (
-                sampler == "ancestral"
-            ):  # DDIM with eta = 1 is the DDPM posterior; the noise comes from each sample's seed
+            if sampler == "ancestral":
+                # DDIM with eta = 1 is the DDPM posterior; the noise comes from each sample's seed.
                 noise = randomness.normal(seeds.to(device), f"step {index}", self.latent_shape)
                 extra = {"eta": 1.0, "variance_noise": noise}
             noisy = scheduler.step(predicted.float(), timestep, noisy, **extra).prev_sample
@@ -94,7 +102,7 @@ class LatentDiffusionModel(LatentPrior):
         import_torchvision()
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-        shared = dict(
+        shared: dict[str, Any] = dict(
             num_train_timesteps=self.cfg.num_timesteps,
             beta_start=self.cfg.beta_start,
             beta_end=self.cfg.beta_end,

@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -37,7 +37,8 @@ def _network(network: Network, weights: str, device: torch.device) -> nn.Module:
         )
     model = _NoTrainLpips(net=network, pnet_rand=True)
     trained = torch.load(weights, map_location="cpu", weights_only=True)
-    slices = model.net.slices if network == "squeeze" else [getattr(model.net, f"slice{i}") for i in range(1, 6)]
+    features: Any = model.net
+    slices = features.slices if network == "squeeze" else [getattr(features, f"slice{i}") for i in range(1, 6)]
     try:
         for part in slices:
             for index, layer in part.named_children():

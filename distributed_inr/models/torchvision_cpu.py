@@ -1,8 +1,8 @@
 """Import torchvision also where its compiled operators do not load.
 
-The package index's torchvision wheel is built against CUDA. Beside a CPU build of torch its operator library does not
-load, and the import ends with "operator torchvision::nms does not exist". The libraries that we use (diffusers, timm,
-open_clip, torch-fidelity) import torchvision but need none of those operators, so declaring their schemas is enough.
+The usual torchvision wheel is built against CUDA. Beside a CPU build of torch its operator library does not load, and
+the import ends with "operator torchvision::nms does not exist". The libraries that we use (diffusers, timm, open_clip,
+torch-fidelity) import torchvision but need none of those operators, so declaring their schemas is enough.
 """
 
 import importlib
