@@ -11,17 +11,9 @@ import json
 import sys
 import typing
 from pathlib import Path
-from typing import NoReturn
 
-from distributed_inr.config import command
+from distributed_inr.config import Parser, command
 from distributed_inr.data import layouts, pictures, prepare
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes become one line, as in the other jobs."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help lists every flag")
 
 
 @command
