@@ -11,13 +11,10 @@ import logging
 import math
 import os
 import shutil
-import signal
-import sys
 import threading
 import time
 import traceback
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -25,14 +22,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
 
+from distributed_inr.console import Bar, exit_if_stopped, log_file, signals
 from distributed_inr.training.engine import Scale
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
-_LINE_SECONDS = 10.0
 _NAMESPACE = "distributed_inr"
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the processes that it starts for `ray job submit`
 _MISTAKES = (ValueError, FloatingPointError)
@@ -159,14 +155,14 @@ class _InProcess:
         if self.scale.engine == "deepspeed":
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists; Accelerate would take it for one of many processes
         try:
-            with _signals(stoppable) as received, _Bar(title) as bar, _log_file(folder):
+            with signals(stoppable) as received, Bar(title) as bar, log_file(folder):
                 function(Worker(0, 1, lambda metrics: None, bar.update, lambda: bool(received)))
         except FloatingPointError as error:
             raise ValueError(str(error)) from error
         finally:
             torch.set_num_threads(threads)
             os.environ.pop("LOCAL_RANK", None)
-        _exit_if_stopped(received)
+        exit_if_stopped(received)
 
 
 class _OnRay:
@@ -221,7 +217,7 @@ class _OnRay:
         )
         try:
             # fit() waits in a thread of its own, so that this one can draw and hear signals.
-            with _signals(stoppable) as received, _Bar(title) as bar:
+            with signals(stoppable) as received, Bar(title) as bar:
                 fitted = _in_thread(trainer.fit)
                 self._attend(fitted, mail, bar, received)
                 mistake, cause, error = mail.get("mistake"), mail.get("cause"), fitted.exception()
@@ -238,9 +234,9 @@ class _OnRay:
                 f"checkpoint is kept, and the same command goes on from it. First cause: {first}"
             )
         shutil.rmtree(folder / "ray", ignore_errors=True)  # our own checkpoints are the only ones
-        _exit_if_stopped(received)
+        exit_if_stopped(received)
 
-    def _attend(self, fitted: "Future[Any]", mail: "_Mail", bar: "_Bar", received: list[int]) -> None:
+    def _attend(self, fitted: "Future[Any]", mail: "_Mail", bar: Bar, received: list[int]) -> None:
         attempt = 1
         while wait([fitted], _POLL_SECONDS).not_done:
             if received and mail.get("stop") is None:
@@ -293,7 +289,7 @@ def _work(function: Callable[[Worker], None], *, mail: "_Mail", scale: Scale, fo
         mail.put("progress", [done, total, dict(values)])
 
     try:
-        with _log_file(folder) if rank == 0 else contextlib.nullcontext(), _mailed_warnings(mail):
+        with log_file(folder) if rank == 0 else contextlib.nullcontext(), _mailed_warnings(mail):
             function(Worker(rank, world, ray.train.report, progress, stop))
     except _MISTAKES as error:
         mail.put("mistake", str(error), overwrite=False)
@@ -356,55 +352,6 @@ def _mailed_warnings(mail: _Mail) -> Iterator[None]:
         log.removeHandler(handler)
 
 
-class _Bar:
-    """One progress bar: drawn on a terminal, a line now and then in a file."""
-
-    def __init__(self, title: str) -> None:
-        self.title, self.drawn = title, sys.stderr.isatty()
-        self.bar: tqdm | None = None
-        self.start, self.begin, self.shown, self.last = time.monotonic(), 0, 0.0, ""
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        elif self.last:
-            print(self.last, file=sys.stderr, flush=True)
-
-    def update(self, done: int, total: int, values: Mapping[str, float]) -> None:
-        postfix = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "samples/s")
-        if self.drawn:
-            if self.bar is None:
-                self.bar = tqdm(desc=self.title, total=total, initial=done, unit=" samples", dynamic_ncols=True)
-            self.bar.set_postfix_str(postfix, refresh=False)
-            self.bar.n = done
-            self.bar.refresh()
-            return
-        now = time.monotonic()
-        if not self.last:
-            self.start, self.begin = now, done
-        rate = values.get("samples/s") or (done - self.begin) / max(now - self.start, 1e-9)
-        self.last = tqdm.format_meter(
-            done,
-            total,
-            now - self.start,
-            prefix=self.title,
-            unit=" samples",
-            rate=rate or None,
-            postfix=postfix,
-            ncols=120,
-            ascii=True,
-        )
-        if now - self.shown > _LINE_SECONDS:
-            self.shown = now
-            print(self.last, file=sys.stderr, flush=True)
-
-    def say(self, text: str) -> None:
-        tqdm.write(f"{self.title}: {text}", file=sys.stderr)
-
-
 def _in_thread(function: Callable[[], Any]) -> "Future[Any]":
     """Call `function` in a thread that does not keep the process alive."""
     future: Future[Any] = Future()
@@ -417,59 +364,6 @@ def _in_thread(function: Callable[[], Any]) -> "Future[Any]":
 
     threading.Thread(target=call, daemon=True).start()
     return future
-
-
-@contextlib.contextmanager
-def _signals(stoppable: bool) -> Iterator[list[int]]:
-    """The SIGINT or SIGTERM received, if `stoppable`; otherwise, and the second time, either ends the process."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def hear(number: int, frame: Any) -> None:
-        received.append(number)
-        if len(received) > 1 or not stoppable:
-            raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _exit_if_stopped(received: list[int]) -> None:
-    if received:
-        logger.warning("stopped; the same command goes on from the newest checkpoint")
-        raise SystemExit(128 + received[0])
-
-
-@contextlib.contextmanager
-def _log_file(folder: Path) -> Iterator[None]:
-    """Append our log lines, and Python's warnings, to `folder`/log.txt."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "log.txt")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    loggers = [logging.getLogger("distributed_inr"), logging.getLogger("py.warnings")]
-    levels = [log.level for log in loggers]
-    showwarning = warnings.showwarning
-    logging.captureWarnings(True)
-    loggers[1].propagate = False
-    for log in loggers:
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        for log, level in zip(loggers, levels, strict=True):
-            log.removeHandler(handler)
-            log.setLevel(level)
-        loggers[1].propagate = True
-        logging.captureWarnings(False)
-        warnings.showwarning = showwarning
-        handler.close()
 
 
 def _runtime_env() -> dict[str, Any]:

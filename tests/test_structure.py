@@ -16,6 +16,7 @@ ORDER = (
     "presets",
     "generation",
     "evaluation",
+    "console",
     "launch",
     "pipeline",
 )

@@ -1,0 +1,121 @@
+"""What the person who runs a job sees of it, and says to it: a progress bar, a log file, and signals to stop."""
+
+import contextlib
+import logging
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+_LINE_SECONDS = 10.0
+
+
+class Bar:
+    """One progress bar: drawn on a terminal, a line now and then in a file."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.drawn = title, sys.stderr.isatty()
+        self.bar: tqdm | None = None
+        self.start, self.begin, self.shown, self.last = time.monotonic(), 0, 0.0, ""
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif self.last:
+            print(self.last, file=sys.stderr, flush=True)
+
+    def update(self, done: int, total: int, values: Mapping[str, float]) -> None:
+        """Show `done` of `total` samples, and `values` beside them; "samples/s" among these is the rate."""
+        postfix = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "samples/s")
+        if self.drawn:
+            if self.bar is None:
+                self.bar = tqdm(desc=self.title, total=total, initial=done, unit=" samples", dynamic_ncols=True)
+            self.bar.set_postfix_str(postfix, refresh=False)
+            self.bar.n = done
+            self.bar.refresh()
+            return
+        now = time.monotonic()
+        if not self.last:
+            self.start, self.begin = now, done
+        rate = values.get("samples/s") or (done - self.begin) / max(now - self.start, 1e-9)
+        self.last = tqdm.format_meter(
+            done,
+            total,
+            now - self.start,
+            prefix=self.title,
+            unit=" samples",
+            rate=rate or None,
+            postfix=postfix,
+            ncols=120,
+            ascii=True,
+        )
+        if now - self.shown > _LINE_SECONDS:
+            self.shown = now
+            print(self.last, file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        tqdm.write(f"{self.title}: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def signals(stoppable: bool) -> Iterator[list[int]]:
+    """The SIGINT or SIGTERM received, if `stoppable`; otherwise, and the second time, either ends the process."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def hear(number: int, frame: Any) -> None:
+        received.append(number)
+        if len(received) > 1 or not stoppable:
+            raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_if_stopped(received: list[int]) -> None:
+    if received:
+        logger.warning("stopped; the same command goes on from the newest checkpoint")
+        raise SystemExit(128 + received[0])
+
+
+@contextlib.contextmanager
+def log_file(folder: Path) -> Iterator[None]:
+    """Append our log lines, and Python's warnings, to `folder`/log.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / "log.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    loggers = [logging.getLogger("distributed_inr"), logging.getLogger("py.warnings")]
+    levels = [log.level for log in loggers]
+    showwarning = warnings.showwarning
+    logging.captureWarnings(True)
+    loggers[1].propagate = False
+    for log in loggers:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.removeHandler(handler)
+            log.setLevel(level)
+        loggers[1].propagate = True
+        logging.captureWarnings(False)
+        warnings.showwarning = showwarning
+        handler.close()
