@@ -158,7 +158,6 @@ class DeepSpeedEngine:
             # Its shared-memory collectives would be compiled at first use: 40 s, and only with a compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():  # one process, launched by nothing: DeepSpeed wants a group all the same
-            os.environ.setdefault("LOCAL_RANK", "0")
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
 
         self._module, self._stage, self._num_micro_batches = module, scale.zero_stage, num_micro_batches
