@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 import pydantic
 
 from distributed_inr.config import config
-from distributed_inr.data.reader import Data
+from distributed_inr.data.reader import Data, ShardDataset
+from distributed_inr.data.shards import ShardIndex
 from distributed_inr.domains import AnyDomain
 from distributed_inr.models import AnyAutoencoder, AnyPrior
 from distributed_inr.models.latent_prior import Sampler
@@ -80,3 +81,7 @@ class Experiment:
     def folder(self) -> Path:
         """Where the run keeps everything it makes."""
         return Path(self.output).expanduser() / self.family / self.name
+
+    def dataset(self, index: ShardIndex) -> ShardDataset:
+        """The domain's signals of a set of shards, in this run's order."""
+        return self.data.dataset(index, read=self.domain.read, seed=self.seed)

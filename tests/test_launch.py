@@ -18,6 +18,7 @@ from tiny_run import tiny_experiment, write_pictures
 from distributed_inr import pipeline
 from distributed_inr.config import override
 from distributed_inr.launch import Launcher, Worker, launcher
+from distributed_inr.run_folder import Stage
 from distributed_inr.training.engine import Scale
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -125,10 +126,10 @@ def test_training_killed_and_restarted_equals_uninterrupted_training_bitwise(pla
     experiment = override(tiny_experiment(tmp_path), changes)
     folders = {name: tmp_path / name for name in ("whole", "killed")}
     for name, folder in folders.items():
-        stage = pipeline.Stage(folder, {})
+        stage = Stage(folder, {})
         stage.begin({})
 
-        def work(worker: Worker, name: str = name, stage: pipeline.Stage = stage) -> None:
+        def work(worker: Worker, name: str = name, stage: Stage = stage) -> None:
             steps = 0
 
             def kill_after_step_five() -> bool:

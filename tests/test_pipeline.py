@@ -1,6 +1,5 @@
 """The stages of a run: what is made, skipped, refused; and the run folder."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -19,7 +18,9 @@ from distributed_inr.config import override
 from distributed_inr.data.reader import evaluation_stream, read_latent
 from distributed_inr.experiment import Experiment
 from distributed_inr.generation import load
+from distributed_inr.latents import LatentShards, write_latents
 from distributed_inr.launch import Worker
+from distributed_inr.run_folder import Stage, settle_output
 
 FAST = {
     "scale.launcher": "none",
@@ -154,13 +155,13 @@ def test_statistics_are_those_of_drawn_latents(experiment: Experiment):
     torch.testing.assert_close(prior.latent_deviation.flatten().double(), variance.sqrt(), rtol=1e-6, atol=0)
 
 
-def write_latents(folder: Path, experiment: Experiment) -> None:
+def write_share_of_latents(folder: Path, experiment: Experiment) -> None:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     worker = Worker(rank, world, lambda metrics: None, lambda *state: None, lambda: False)
     index = experiment.data.index(experiment.data.train)
     shape = experiment.autoencoder.build(experiment.domain).latent_shape
-    latents = dataclasses.replace(pipeline._Latents.of(experiment, index, shape))
-    pipeline.write_latents(worker, experiment=experiment, stage=pipeline.Stage(folder, {}), latents=latents)
+    shards = LatentShards.of(experiment, index, shape)
+    write_latents(worker, experiment=experiment, stage=Stage(folder, {}), shards=shards)
 
 
 @pytest.mark.slow
@@ -170,9 +171,9 @@ def test_latents_do_not_depend_on_the_number_of_workers(tmp_path: Path):
     experiment = tiny_experiment(tmp_path)
     fingerprints = []
     for world in (1, 2):
-        stage = pipeline.Stage(tmp_path / f"latents-{world}", {})
+        stage = Stage(tmp_path / f"latents-{world}", {})
         stage.begin({})
-        run_processes(write_latents, world, stage.folder, experiment)
+        run_processes(write_share_of_latents, world, stage.folder, experiment)
         index = experiment.data.index(str(stage.folder))
         assert len(index.shards) == 3 and index.num_samples == 140
         fingerprints.append(index.fingerprint)
@@ -182,8 +183,8 @@ def test_latents_do_not_depend_on_the_number_of_workers(tmp_path: Path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from distributed_inr.pipeline import _locked
-with _locked(Path(sys.argv[1])):
+from distributed_inr.run_folder import locked
+with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -238,9 +239,9 @@ def test_without_an_output_a_ray_job_writes_to_the_home_folder(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
-    settled = pipeline._settle_output(override(experiment, {"output": "./runs"}), shared=True)
+    settled = settle_output(override(experiment, {"output": "./runs"}), shared=True)
     assert settled.folder == tmp_path / "distributed_inr" / "runs" / "ddmi" / "tiny"
-    assert pipeline._settle_output(override(experiment, {"output": "./runs"}), shared=False).output == "./runs"
+    assert settle_output(override(experiment, {"output": "./runs"}), shared=False).output == "./runs"
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_trained(experiment: Experiment, tmp_path: Path):
@@ -258,7 +259,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(experiment: Exp
 def test_an_interrupted_stage_goes_on_from_its_checkpoint(experiment: Experiment, tmp_path: Path):
     changes = {"output": str(tmp_path), "autoencoder_training.checkpoint_every_samples": 4}
     cut = override(experiment, changes)
-    stage = pipeline.Stage(cut.folder / "autoencoder", {})
+    stage = Stage(cut.folder / "autoencoder", {})
 
     def stop_at_once() -> bool:
         return True

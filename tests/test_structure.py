@@ -18,6 +18,8 @@ ORDER = (
     "evaluation",
     "console",
     "launch",
+    "run_folder",
+    "latents",
     "pipeline",
 )
 DISTRIBUTED = {"ray", "deepspeed", "accelerate", "webdataset", "torch.distributed"}

@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -290,7 +290,7 @@ def training_stream(
         )
     _check_cache(dataset, world)
     batches = _TrainingBatches(dataset, start, global_batch, micro_batch, rank, world)
-    return _stream(batches, itertools.count(), num_loaders)
+    return stream(batches, itertools.count(), num_loaders)
 
 
 def evaluation_stream(
@@ -302,7 +302,7 @@ def evaluation_stream(
     replaced.
     """
     num_steps = -(-len(dataset) // (batch * world))
-    return _stream(_EvaluationBatches(dataset, batch, rank, world), range(num_steps), num_loaders)
+    return stream(_EvaluationBatches(dataset, batch, rank, world), range(num_steps), num_loaders)
 
 
 @dataclass(frozen=True)
@@ -349,7 +349,8 @@ class _EvaluationBatches(Dataset):
         return replace(collate([signal for signal, _ in found]), mask=torch.tensor(mask))
 
 
-def _stream(batches: Dataset, numbers: Any, num_loaders: int) -> Iterator[Signal]:
+def stream(batches: Dataset, numbers: Iterable[int], num_loaders: int) -> Iterator[Signal]:
+    """`batches[number]` for each of `numbers`, read ahead by loader processes; an error that it returns is raised."""
     loader = DataLoader(
         batches,
         batch_size=None,

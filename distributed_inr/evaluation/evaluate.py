@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distributed_inr.data.reader import ShardDataset
 from distributed_inr.domains.domain import Signal, collate
 from distributed_inr.domains.image import resize_area
 from distributed_inr.evaluation import metrics, report
@@ -84,8 +83,7 @@ class Split:
 
     def __init__(self, model: FieldModel, url: str) -> None:
         experiment = model.experiment
-        index = experiment.data.index(url)
-        self.dataset: ShardDataset = experiment.data.dataset(index, read=experiment.domain.read, seed=experiment.seed)
+        self.dataset = experiment.dataset(experiment.data.index(url))
         self.domain, self.device = experiment.domain, model.device
         self.batch_size = experiment.evaluation.batch_size
 

@@ -1,0 +1,149 @@
+"""The latents of a data set: written once as shards by the trained autoencoder, for a prior to train on.
+
+    latents/  000000-000000.tar ...  index.json  statistics.json
+
+A record holds float16 [2, *latent_shape], mean and deviation, and the caption. Priors never load the autoencoder.
+"""
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset
+
+from distributed_inr.data.reader import ShardDataset, stream
+from distributed_inr.data.shards import ShardIndex, ShardWriter, write_index
+from distributed_inr.domains.domain import Signal, collate
+from distributed_inr.experiment import Experiment
+from distributed_inr.generation import load_weights
+from distributed_inr.launch import Worker
+from distributed_inr.run_folder import Stage, write_text
+from distributed_inr.training.fragments import is_first, sum_over_ranks
+
+_SHARD_BYTES = 64 * 2**20
+
+
+@torch.no_grad()
+def write_latents(worker: Worker, *, experiment: Experiment, stage: Stage, shards: "LatentShards") -> None:
+    """Write mean and deviation of every training signal's latent, and of its copies, as shards; and their statistics.
+
+    Shard k holds the same block of samples for every number of workers.
+    """
+    stage.check_shared()
+    if is_first():
+        stage.clear()  # what an interrupted attempt has left
+    if dist.is_initialized():
+        dist.barrier()
+    domain, folder = experiment.domain, stage.folder
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module = experiment.autoencoder.build(domain)
+    load_weights(module, experiment.folder / "autoencoder" / "model.safetensors")
+    module.to(device)
+    dataset = experiment.dataset(experiment.data.index(experiment.data.train))
+    about = {"from": dataset.index.fingerprint, "copies": shards.copies}
+
+    blocks = range(worker.rank, shards.num_blocks, worker.world)
+    batches = _Batches(dataset, shards, blocks, experiment.evaluation.batch_size)
+    sums = torch.zeros(4, shards.shape[0], dtype=torch.float64, device=device)
+    writer: ShardWriter | None = None
+    for step, batch in enumerate(stream(batches, range(len(batches)), experiment.data.num_loaders)):
+        if batches.starts_block(step):
+            if writer is not None:
+                writer.close(write_index=False)
+            prefix = f"{batches.block(step):06d}-"
+            writer = ShardWriter(folder, domain="latent", protocol=about, prefix=prefix)
+        assert writer is not None and batch.mask is not None
+        for copy, signal in enumerate(domain.copies(batch.to(device))):
+            found = torch.stack(module.posterior(signal), dim=1).half()  # [batch, 2, *latent_shape]
+            found = found[batch.mask.to(device)]
+            mean, deviation = found.double().flatten(3).unbind(1)  # [batch, channels, cells]
+            sums += torch.stack([torch.ones_like(mean), mean, mean.square(), deviation.square()]).sum((1, 3))
+            names = [(key, text) for key, text, good in zip(batch.key, batch.text, batch.mask, strict=True) if good]
+            for (key, text), latent in zip(names, found.cpu().numpy(), strict=True):
+                file = io.BytesIO()
+                np.save(file, latent, allow_pickle=False)
+                record = {"__key__": f"{key}#{copy}" if copy else key, "latent.npy": file.getvalue()}
+                writer.write(record | ({"txt": text.encode()} if text else {}))
+        if is_first():
+            done = (step + 1) / len(batches)
+            worker.progress(round(done * len(dataset)), len(dataset), {})
+    if writer is not None:
+        writer.close(write_index=False)
+
+    count, mean, square, variance = sum_over_ranks(sums)
+    if is_first():  # after the sum, to which every rank came with its shards written
+        mean, square, variance = mean / count, square / count, variance / count
+        deviation = (square - mean.square() + variance).sqrt()
+        statistics = {"mean": mean.tolist(), "deviation": deviation.tolist(), "latent_shape": shards.shape}
+        write_text(folder / "statistics.json", json.dumps(statistics, indent=1) + "\n")
+        write_index(folder, domain="latent", protocol=about)
+
+
+@dataclass(frozen=True)
+class LatentShards:
+    """How the latents of a set lie in shards: blocks of samples that depend on the set alone, not on the workers."""
+
+    shape: tuple[int, ...]
+    num_samples: int
+    copies: int
+    record_bytes: int
+
+    @staticmethod
+    def of(experiment: Experiment, index: ShardIndex, shape: tuple[int, ...]) -> "LatentShards":
+        """Reads one sample, which also shows whether the data are what the domain expects."""
+        signal, _ = experiment.dataset(index).signal(0)
+        members = [128 + 4 * math.prod(shape)] + ([1] if signal.text else [])
+        size = sum(512 + -(-member // 512) * 512 for member in members)
+        return LatentShards(shape, index.num_samples, len(experiment.domain.copies(collate([signal]))), size)
+
+    @property
+    def num_bytes(self) -> int:
+        """Predicted bytes."""
+        return self.num_samples * self.copies * self.record_bytes
+
+    @property
+    def block(self) -> int:
+        """Samples a shard: few enough to spread small sets over workers, and for shards of bounded size."""
+        most = max(1, _SHARD_BYTES // (self.copies * self.record_bytes))
+        return min(most, max(32, -(-self.num_samples // 64)))
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_samples // self.block)
+
+
+class _Batches(Dataset):
+    """The samples of some blocks by step, in batches that do not cross blocks. Errors are returned, not raised."""
+
+    def __init__(self, dataset: ShardDataset, shards: LatentShards, blocks: Sequence[int], batch_size: int) -> None:
+        self.dataset, self.shards, self.blocks, self.batch_size = dataset, shards, blocks, batch_size
+        self.steps = -(-shards.block // batch_size)  # of a whole block
+
+    def __len__(self) -> int:
+        if not self.blocks:
+            return 0
+        last = min(self.shards.block, self.shards.num_samples - self.blocks[-1] * self.shards.block)
+        return (len(self.blocks) - 1) * self.steps + -(-last // self.batch_size)
+
+    def block(self, step: int) -> int:
+        return self.blocks[step // self.steps]
+
+    def starts_block(self, step: int) -> bool:
+        return step % self.steps == 0
+
+    def __getitem__(self, step: int) -> Signal | ValueError:
+        start = self.block(step) * self.shards.block
+        end = min(start + self.shards.block, self.shards.num_samples)
+        first = start + step % self.steps * self.batch_size
+        try:
+            found = [self.dataset.signal(number) for number in range(first, min(first + self.batch_size, end))]
+        except ValueError as error:
+            return error
+        mask = torch.tensor([good for _, good in found])
+        return dataclasses.replace(collate([signal for signal, _ in found]), mask=mask)

@@ -1,0 +1,161 @@
+"""The run folder: where it may lie, which job holds it, what fits into it, and what its stages were made from."""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distributed_inr.config import differences, override
+from distributed_inr.data import storage
+from distributed_inr.experiment import Experiment
+
+logger = logging.getLogger(__name__)
+
+SHARED_OUTPUT = "~/distributed_inr/runs"
+"""Where runs go inside a Ray job, or on several nodes, when nobody says where."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's folder, and the options that what it holds depends on."""
+
+    folder: Path
+    options: Mapping[str, Any]
+
+    @property
+    def _record(self) -> Mapping[str, Any] | None:
+        """What `stage.json` says; none when the stage was never begun."""
+        path = self.folder / "stage.json"
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {error}; delete {self.folder} to make it again") from None
+
+    def refuse_other_options(self) -> None:
+        record = self._record
+        changed = differences(record["options"], self.options) if record else {}
+        if changed:
+            shown = "; ".join(f"{path} is {old} there and {new} here" for path, (old, new) in changed.items())
+            raise ValueError(
+                f"{self.folder} was made with other options: {shown}. Set them back, choose another --name or "
+                f"--output, or delete {self.folder} to make it again"
+            )
+
+    def is_complete(self, inputs: Mapping[str, str]) -> bool:
+        """Whether it can be skipped. Raises ValueError if it was made from other inputs."""
+        record = self._record
+        if record is None:
+            return False
+        changed = sorted(differences(record["inputs"], inputs))
+        if changed:
+            raise ValueError(
+                f"{self.folder} was made from other inputs ({', '.join(changed)}). Restore them, choose another --name "
+                f"or --output, or delete {self.folder} to make it again"
+            )
+        return record["complete"]
+
+    def is_current(self, inputs: Mapping[str, str]) -> bool:
+        """Whether it can be skipped, where what changed is simply made again."""
+        return self._record == self._as_record(inputs, complete=True)
+
+    def begin(self, inputs: Mapping[str, str]) -> None:
+        self.folder.mkdir(exist_ok=True)
+        write_text(self.folder / "stage.json", json.dumps(self._as_record(inputs, complete=False), indent=1) + "\n")
+
+    def finish(self, inputs: Mapping[str, str]) -> None:
+        """Written last: what the folder holds is whole."""
+        write_text(self.folder / "stage.json", json.dumps(self._as_record(inputs, complete=True), indent=1) + "\n")
+
+    def clear(self) -> None:
+        """Delete the shards of an earlier attempt."""
+        for path in self.folder.iterdir():
+            if path.is_file() and path.name not in ("stage.json", "log.txt"):
+                path.unlink()
+
+    def check_shared(self) -> None:
+        """On a worker: is this the folder that the driver sees?"""
+        if self._record is None:
+            raise ValueError(
+                f"{self.folder} on node {socket.gethostname()} is not the driver's folder; set --output to a folder "
+                "that all nodes share"
+            )
+
+    def _as_record(self, inputs: Mapping[str, str], *, complete: bool) -> dict[str, Any]:
+        return {"complete": complete, "options": self.options, "inputs": inputs}
+
+
+def settle_output(experiment: Experiment, *, shared: bool) -> Experiment:
+    """The experiment with its output where it can stay: absolute if nodes share it, or Ray runs a copy of the code."""
+    output = experiment.output
+    if not storage.is_local(output):
+        raise ValueError(f"output={output!r} is an object store, which cannot hold a running run; use a shared folder")
+    if not shared or Path(output).expanduser().is_absolute():
+        return experiment
+    if output != Experiment.__dataclass_fields__["output"].default:
+        raise ValueError(
+            f"output={output!r} is relative: inside a Ray job, and on several nodes, it must be an absolute folder "
+            f"that all nodes share; leave it out for {SHARED_OUTPUT}"
+        )
+    logger.info("output: %s", Path(SHARED_OUTPUT).expanduser())
+    return override(experiment, {"output": str(Path(SHARED_OUTPUT).expanduser())})
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder, made if need be, against other jobs. The system lets go of it when this process ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")  # noqa: SIM115  held open as long as the lock
+    except OSError as error:
+        raise storage.explain(error, str(folder)) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"{folder} is in use by {file.read().strip() or 'another job'}; wait for it, or choose another --name "
+                "or --output"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            logger.warning("%s: this file system has no locks; do not run two jobs of this name at once", folder)
+        file.truncate(0)
+        since = datetime.datetime.now().isoformat(" ", "seconds")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+        file.flush()
+        yield
+
+
+def write_text(path: Path, text: str) -> None:
+    try:
+        storage.write_atomic(str(path), text.encode())
+    except OSError as error:
+        raise storage.explain(error, str(path.parent)) from None
+
+
+def check_space(folder: Path, needed: Mapping[Path, int]) -> None:
+    """Refuse a run whose checkpoints and latents will not fit the disk."""
+    total = 0
+    for place, size in needed.items():
+        held = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+        total += max(0, size - held)
+    free = shutil.disk_usage(folder).free
+    if total > free:
+        parts = ", ".join(f"{place.name} {size / 1e9:.3g}" for place, size in needed.items())
+        raise ValueError(
+            f"no space in {folder}: {total / 1e9:.3g} GB are needed ({parts}) and {free / 1e9:.3g} GB are free; free "
+            "some, choose another --output, or lower keep_checkpoints"
+        )
