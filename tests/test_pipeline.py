@@ -1,5 +1,6 @@
 """The stages of a run: what is made, skipped, refused; and the run folder."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from distributed_inr.data.reader import evaluation_stream, read_latent
 from distributed_inr.experiment import Experiment
 from distributed_inr.generation import load
 from distributed_inr.latents import LatentShards, write_latents
-from distributed_inr.launch import Worker
+from distributed_inr.launch import Worker, launcher
 from distributed_inr.run_folder import Stage, settle_output
 
 FAST = {
@@ -261,13 +262,13 @@ def test_an_interrupted_stage_goes_on_from_its_checkpoint(experiment: Experiment
     cut = override(experiment, changes)
     stage = Stage(cut.folder / "autoencoder", {})
 
-    def stop_at_once() -> bool:
-        return True
+    def stop_at_once(worker: Worker) -> None:
+        pipeline.fit_autoencoder(dataclasses.replace(worker, stop=lambda: True), experiment=cut, stage=stage)
 
     stage.folder.mkdir(parents=True)
     stage.begin({})
-    worker = Worker(0, 1, lambda metrics: None, lambda *state: None, stop_at_once)
-    pipeline.fit_autoencoder(worker, experiment=cut, stage=stage)
+    with launcher(cut.scale) as place:  # with as many threads as the whole run had, or the last bits may differ
+        place.run(stop_at_once, title="interrupted", folder=stage.folder)
     assert not (stage.folder / "model.safetensors").exists()
     (stage.folder / "stage.json").unlink()
 
