@@ -13,6 +13,9 @@ from distributed_inr.data.side_index import SIDE_SUFFIX, SideIndex
 
 logger = logging.getLogger(__name__)
 
+CACHE_FOLDER = "~/.cache/distributed_inr/shards"
+CACHE_GIB = 64.0
+
 
 class Cache:
     """Whole remote shards in a local folder, fetched once a node and checked by sha256; the longest unused leave first.
@@ -21,7 +24,7 @@ class Cache:
     another process has open is harmless: it keeps its handle.
     """
 
-    def __init__(self, folder: str, *, gib: float, allow_pipe: bool = False) -> None:
+    def __init__(self, folder: str = CACHE_FOLDER, *, gib: float = CACHE_GIB, allow_pipe: bool = False) -> None:
         self.folder = Path(folder).expanduser()
         self.max_bytes = int(gib * 2**30)
         self.allow_pipe = allow_pipe

@@ -102,7 +102,7 @@ def prepare_images(source: Path, out: str, plan: Plan, *, metadata: Path | None 
 
 def verify(url: str, *, cache: Cache | None = None) -> list[str]:
     """Read a whole set and list what is wrong: sizes, sha256, crc32 of every member, keys that occur twice."""
-    cache = cache or Cache("~/.cache/distributed_inr/shards", gib=64.0)
+    cache = cache or Cache()
     index = load_index(url, cache=cache)
     problems: list[str] = []
     hashes: list[np.ndarray] = []
@@ -131,7 +131,7 @@ def verify(url: str, *, cache: Cache | None = None) -> list[str]:
 
 def describe(url: str, *, cache: Cache | None = None, max_samples: int = 10_000) -> dict[str, Any]:
     """What a set holds; captions and classes are counted over its first `max_samples` samples."""
-    cache = cache or Cache("~/.cache/distributed_inr/shards", gib=64.0)
+    cache = cache or Cache()
     index = load_index(url, cache=cache)
     texts: collections.Counter[str] = collections.Counter()
     classes: collections.Counter[str] = collections.Counter()

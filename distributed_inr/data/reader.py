@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from distributed_inr.config import config
-from distributed_inr.data.cache import Cache
+from distributed_inr.data.cache import CACHE_FOLDER, CACHE_GIB, Cache
 from distributed_inr.data.order import Order
 from distributed_inr.data.shards import OpenShard, Shard, ShardDamaged, ShardIndex, load_index
 from distributed_inr.domains.domain import Record, Signal, collate
@@ -47,9 +47,9 @@ class Data:
     """Shards whose samples are shuffled together. Fixed for a run: it is part of the order of its samples."""
     num_loaders: Annotated[int, pydantic.Field(ge=0, le=_MAX_LOADERS)] = 0
     """Loader processes of each worker; 0 reads in the worker itself. Does not change the samples."""
-    cache_dir: str = "~/.cache/distributed_inr/shards"
+    cache_dir: str = CACHE_FOLDER
     """Local folder that remote shards are fetched into, shared by the processes and runs of a node."""
-    cache_gib: Annotated[float, pydantic.Field(gt=0)] = 64.0
+    cache_gib: Annotated[float, pydantic.Field(gt=0)] = CACHE_GIB
     """Largest size of that folder in GiB."""
     max_bad_fraction: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.01
     """Stop when more than this fraction of the samples read is bad; fewer are replaced and logged."""
@@ -100,7 +100,7 @@ class ShardDataset(Dataset):
         max_bad_fraction: float = 0.01,
     ) -> None:
         self.index, self.order, self.seed = index, order, seed
-        self.cache = cache or Data(train="").cache()
+        self.cache = cache or Cache()
         self.max_bad_fraction = max_bad_fraction
         self._read = read
         self._starts = np.concatenate([[0], np.cumsum([shard.samples for shard in index.shards])])

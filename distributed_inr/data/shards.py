@@ -164,7 +164,7 @@ def load_index(url: str, *, cache: Cache | None = None, allow_pipe: bool = False
     A folder's `index.json` is believed (see `ShardIndex.check`); tars without one are indexed now, which reads them
     whole: the side indexes are kept beside them, or in the cache where the folder cannot be written.
     """
-    cache = cache or Cache("~/.cache/distributed_inr/shards", gib=16.0, allow_pipe=allow_pipe)
+    cache = cache or Cache(allow_pipe=allow_pipe)
     url = storage.resolve(url)
     storage.check_url(url, allow_pipe=allow_pipe)
     urls = [url] if url.startswith("pipe:") else list(braceexpand(url)) if "{" in url else [url]
