@@ -24,6 +24,7 @@ from distributed_inr.config import from_json
 from distributed_inr.data import pictures
 from distributed_inr.domains import AnyDomain, Signal
 from distributed_inr.domains.domain import seeds_for
+from distributed_inr.domains.image import to_pillow
 from distributed_inr.experiment import Experiment
 from distributed_inr.field import Field
 from distributed_inr.models import FieldAutoencoder, LatentPrior
@@ -194,7 +195,7 @@ def sample_files(
     """
     resolution = _check_resolution(model, resolution)
     latents = model.sample_latents(count, seed=seed, steps=steps, sampler=sampler)
-    out = _make_folder(out or default_folder(model.folder, "samples"))
+    out = make_folder(out or default_folder(model.folder, "samples"))
     stem, digits = f"seed{seed}-{resolution}px", max(3, len(str(count - 1)))
     paths, shown = [], []
     for latent in latents:
@@ -203,10 +204,8 @@ def sample_files(
         model.domain.save(rendered, paths[-1])
         if len(shown) < _SHEET_PICTURES:
             shown.append(fit(rendered, min(_SHEET_CELL, max(resolution, 128))))
-    columns = min(8, max(1, round(len(shown) ** 0.5)))
-    rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
     paths.append(out / f"{stem}-sheet.png")
-    sheet(rows).save(paths[-1])
+    sheet(in_rows(shown)).save(paths[-1])
     return paths
 
 
@@ -221,7 +220,7 @@ def reconstruct_files(
     """
     resolution = _check_resolution(model, resolution)
     signals = [read_file(model.domain, Path(file)) for file in files]  # all are read before anything is written
-    out = _make_folder(out or default_folder(model.folder, "reconstructions"))
+    out = make_folder(out or default_folder(model.folder, "reconstructions"))
     paths: list[Path] = []
     for file, signal in zip(files, signals, strict=True):
         rendered = model.encode(signal).render(resolution)[0].cpu()
@@ -246,11 +245,25 @@ def default_folder(run: Path, name: str) -> Path:
     return run / name if os.access(run, os.W_OK) else Path(name)
 
 
+def make_folder(folder: Path) -> Path:
+    """`folder`, made if need be. Raises ValueError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made: {error.strerror}; choose another folder with --out") from None
+    return folder
+
+
 def fit(picture: Float[Tensor, "3 height width"], size: int) -> Image.Image:
     """A picture in [0, 1] at a size to look at: reduced by Lanczos, enlarged by whole pixels where that is possible."""
-    array = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    image = Image.fromarray(array)
+    image = to_pillow(picture)
     return image.resize((size, size), Image.Resampling.LANCZOS if image.width > size else Image.Resampling.NEAREST)
+
+
+def in_rows(pictures: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:
+    """Pictures for a sheet that is about as wide as high, with at most 8 in a row."""
+    columns = min(8, max(1, round(len(pictures) ** 0.5)))
+    return [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
 
 
 def sheet(
@@ -316,11 +329,3 @@ def _check_resolution(model: FieldModel, resolution: int | None) -> int:
     if not 1 <= resolution <= MAX_RESOLUTION:
         raise ValueError(f"resolution={resolution} must lie in 1..{MAX_RESOLUTION} pixels a side")
     return resolution
-
-
-def _make_folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be made: {error.strerror}; choose another folder with --out") from None
-    return folder

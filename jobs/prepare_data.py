@@ -14,6 +14,7 @@ from pathlib import Path
 
 from distributed_inr.config import Parser, command
 from distributed_inr.data import layouts, pictures, prepare
+from distributed_inr.domains.image import MAX_PIXELS
 
 
 @command
@@ -70,8 +71,8 @@ def main() -> None:
     image.add_argument(
         "--max-pixels",
         type=int,
-        default=pictures.MAX_PIXELS,
-        help=f"leave out larger pictures undecoded (default: {pictures.MAX_PIXELS})",
+        default=MAX_PIXELS,
+        help=f"leave out larger pictures undecoded (default: {MAX_PIXELS})",
     )
     image.add_argument("--shard-mb", type=float, default=256.0, help="largest shard in MB (default: 256)")
     image.add_argument("--shard-samples", type=int, default=10_000, help="most samples in a shard (default: 10000)")

@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
+from distributed_inr.domains.image import MAX_PIXELS
+
 FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-MAX_PIXELS = 89_478_485
 
 Resize = Literal["center-crop-lanczos", "center-crop-area", "pad-lanczos"]
 Encoding = Literal["keep", "png", "webp", "jpg"]

@@ -19,6 +19,9 @@ from distributed_inr.config import config
 from distributed_inr.domains.domain import Domain, Queries, Record, Signal, pixel_centres
 from distributed_inr.field import Field
 
+MAX_PIXELS = 89_478_485
+"""Largest picture that is decoded by default: Pillow's own limit, a quarter of a GiB as RGB."""
+
 _FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 """Member suffix -> the one decoder that is tried on it."""
 
@@ -40,7 +43,7 @@ class Image(Domain):
     """Of a pixel, at unit scale: gaussian is half the squared error, laplace the absolute error (the public code)."""
     flip: bool = True
     """Train on mirrored copies too."""
-    max_pixels: int = 89_478_485
+    max_pixels: int = MAX_PIXELS
     """Largest picture, in pixels, that is decoded; larger ones count as bad samples."""
 
     coord_dim: ClassVar[int] = 2
@@ -159,8 +162,7 @@ class Image(Domain):
 
     def save(self, rendered: Float[Tensor, "3 height width"], path: Path) -> None:
         """Write one picture as PNG (or whatever the suffix names)."""
-        pixels = (rendered.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-        PillowImage.fromarray(pixels).save(path)
+        to_pillow(rendered).save(path)
 
     def _view(self, resolution: Tensor, points: int) -> Float[Tensor, "batch points 1"]:
         """log2 of the pixel pitch relative to the base's, held at the finest one trained on."""
@@ -182,6 +184,12 @@ def decode_image(record: Record, max_pixels: int) -> UInt8[Tensor, "3 height wid
     except (OSError, SyntaxError, ValueError, PillowImage.DecompressionBombError) as error:
         raise ValueError(f"{record['__key__']}.{suffix}: cannot be decoded: {error}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def to_pillow(picture: Float[Tensor, "3 height width"]) -> PillowImage.Image:
+    """A picture in [0, 1] as 8-bit RGB; what lies outside is cut off."""
+    pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return PillowImage.fromarray(pixels)
 
 
 def resize_area(pixels: UInt8[Tensor, "batch 3 height width"], size: int) -> Float[Tensor, "batch 3 size size"]:

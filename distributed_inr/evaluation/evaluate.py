@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from distributed_inr.data import storage
 from distributed_inr.domains.domain import Signal, collate
 from distributed_inr.domains.image import resize_area
 from distributed_inr.evaluation import metrics, report
 from distributed_inr.field import Field
-from distributed_inr.generation import FieldModel, load, load_weights
+from distributed_inr.generation import FieldModel, load, load_weights, make_folder
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with (pictures done, of how many, {})."""
@@ -43,11 +44,7 @@ def evaluate(run: str | Path, *, out: Path | None = None, progress: Progress | N
     """
     begin = time.monotonic()
     model = load(run)
-    experiment, folder = model.experiment, out or model.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be made: {error.strerror}; choose another folder with --out") from None
+    experiment, folder = model.experiment, make_folder(out or model.folder)
     training = Split(model, experiment.data.train)
     held_out = None if experiment.data.val is None else Split(model, experiment.data.val)
     bar = Bar(progress, model, training, held_out)
@@ -70,9 +67,7 @@ def evaluate(run: str | Path, *, out: Path | None = None, progress: Progress | N
 
     result |= {"left_out": left_out, "seconds": round(time.monotonic() - begin, 1)}
     names = pictures.write(folder)
-    partial = folder / "evaluation.json.partial"
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.replace(folder / "evaluation.json")
+    storage.write_atomic(str(folder / "evaluation.json"), json.dumps(result, indent=2).encode() + b"\n")
     (folder / "report.md").write_text(report.markdown(experiment, result, names))
     bar.finish()
     return result

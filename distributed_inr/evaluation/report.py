@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distributed_inr.evaluation.metrics import thumbnail_side
 from distributed_inr.experiment import Experiment
-from distributed_inr.generation import fit, sheet
+from distributed_inr.generation import fit, in_rows, sheet
 
 _CELL = 128
 
@@ -43,9 +43,7 @@ class Pictures:
             names.append("reconstructions.png")
         for resolution, pictures in self.samples.items():
             images = [fit(picture, max(cell, resolution)) for picture in pictures]
-            columns = min(8, max(1, round(len(images) ** 0.5)))
-            rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-            sheet(rows).save(folder / f"samples-{resolution}.png")
+            sheet(in_rows(images)).save(folder / f"samples-{resolution}.png")
             names.append(f"samples-{resolution}.png")
         if self.neighbours:
             samples, nearest, distances = zip(*self.neighbours, strict=True)
