@@ -9,7 +9,7 @@ from PIL import Image as Picture
 
 from distributed_inr.domains import Image, Queries, Signal, collate
 from distributed_inr.domains.domain import pixel_centres
-from distributed_inr.domains.image import resize_area
+from distributed_inr.domains.image import downscale
 from distributed_inr.field import Field
 from distributed_inr.randomness import sample_seed
 
@@ -97,7 +97,7 @@ def test_supervised_values_are_the_true_pixels_at_their_coordinates(count):
         resolution = round(8 * 2 ** float(queries.view[i, 0, 0]))
         seen.add(resolution)
         assert torch.equal(queries.view[i], queries.view[i, :1].expand(count, -1))
-        pixels = resize_area(batch.targets[i : i + 1], resolution)
+        pixels = downscale(batch.targets[i : i + 1], resolution)
         found = picture_field(DOMAIN, pixels)(queries.coords[i : i + 1])
         torch.testing.assert_close(found[0], values[i])
     assert seen == {8, 12, 16}

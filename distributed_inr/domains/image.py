@@ -83,7 +83,7 @@ class Image(Domain):
             key=record["__key__"],
             seed=torch.tensor(seed),
             position=torch.tensor(0),
-            inputs=resize_area(pixels[None], self.size)[0],
+            inputs=downscale(pixels[None], self.size)[0],
             targets=pixels,
             text=text,
         )
@@ -94,7 +94,7 @@ class Image(Domain):
         top, left = ((extent - side) // 2 for extent in pixels.shape[-2:])
         square = pixels[None, :, top : top + side, left : left + side]
         if side >= self.size:
-            inputs = resize_area(square, self.size)
+            inputs = downscale(square, self.size)
         else:
             warnings.warn(f"{key}: {side} pixels enlarged to domain.size={self.size} for the encoder", stacklevel=2)
             inputs = F.interpolate(_to_unit(square), size=(self.size,) * 2, mode="bicubic").clamp(-1, 1)
@@ -130,7 +130,7 @@ class Image(Domain):
         values = torch.empty(batch, cell.shape[1], 3, device=device)
         for index, pixels in enumerate(self.resolutions):
             rows = (level == index).nonzero().flatten()
-            picture = resize_area(signal.targets[rows], pixels).flatten(2)  # [rows, 3, pixels^2]
+            picture = downscale(signal.targets[rows], pixels).flatten(2)  # [rows, 3, pixels^2]
             where = (y[rows] * pixels + x[rows])[:, None].expand(-1, 3, -1)
             values[rows] = picture.gather(2, where).transpose(1, 2)
 
@@ -192,7 +192,7 @@ def to_pillow(picture: Float[Tensor, "3 height width"]) -> PillowImage.Image:
     return PillowImage.fromarray(pixels)
 
 
-def resize_area(pixels: UInt8[Tensor, "batch 3 height width"], size: int) -> Float[Tensor, "batch 3 size size"]:
+def downscale(pixels: UInt8[Tensor, "batch 3 height width"], size: int) -> Float[Tensor, "batch 3 size size"]:
     """Reduce 8-bit pictures to `size` pixels (antialiased bicubic) and map them to [-1, 1]; never enlarges."""
     assert size <= pixels.shape[-1]
     pictures = _to_unit(pixels)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distributed_inr.data import storage
 from distributed_inr.domains.domain import Signal, collate
-from distributed_inr.domains.image import resize_area
+from distributed_inr.domains.image import downscale
 from distributed_inr.evaluation import metrics, report
 from distributed_inr.field import Field
 from distributed_inr.generation import FieldModel, load, load_weights, make_folder
@@ -145,7 +145,7 @@ def _reconstructions(
         measured["mean_image"] = metrics.psnr(known.mean.expand_as(truth), truth)
         columns = {"held out": truth, "its function": found, f"bicubic from, {latent_numbers} numbers": thumbnail}
         if finest > size:  # the same functions on finer pixels, against the source that the encoder never saw
-            fine_truth, read_out = _unit(resize_area(signal.targets, finest)), fields.render(finest)
+            fine_truth, read_out = _unit(downscale(signal.targets, finest)), fields.render(finest)
             enlarged = metrics.enlarge(found, finest)
             measured[f"psnr_{finest}"] = metrics.psnr(read_out, fine_truth)
             measured[f"bicubic_enlargement_{finest}"] = metrics.psnr(enlarged, fine_truth)
