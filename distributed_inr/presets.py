@@ -22,7 +22,7 @@ def furniture_image() -> Experiment:
 
     python jobs/train_ddmi.py
     """
-    autoencoder_samples, prior_samples = 14_000, 64_000
+    autoencoder_samples, prior_samples = 12_000, 90_000
     return Experiment(
         name="furniture-image",
         domain=Image(size=64, source_size=128),
@@ -36,25 +36,28 @@ def furniture_image() -> Experiment:
             field_channels=32,
             readout_width=64,
             num_points=1024,
-            kl_weight=1e-6,
+            kl_weight=1.5e-5,
             kl_anneal_samples=autoencoder_samples * 9 // 10,
         ),
-        prior=LatentDiffusion(denoiser=UNet(channels=96, multipliers=(1, 1), num_blocks=2, attention_from=0)),
+        prior=LatentDiffusion(
+            denoiser=UNet(channels=96, multipliers=(1, 1), num_blocks=1),
+            prediction="v",  # clearer samples than epsilon in few steps (LOG.md)
+        ),
         autoencoder_training=Training(
             num_samples=autoencoder_samples,
             batch_size=16,
             optim=Optim(lr=4e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_samples=800),
             ema_half_life_samples=500,
             log_every_samples=800,
-            checkpoint_every_samples=3_500,
+            checkpoint_every_samples=3_000,
         ),
         prior_training=Training(
             num_samples=prior_samples,
             batch_size=32,
-            optim=Optim(lr=1e-3, betas=(0.9, 0.99), warmup_samples=1_600),
+            optim=Optim(lr=2e-3, betas=(0.9, 0.99), warmup_samples=1_600),
             ema_half_life_samples=4_000,
             log_every_samples=1_600,
-            checkpoint_every_samples=16_000,
+            checkpoint_every_samples=22_500,
             keep_checkpoints=4,
         ),
         scale=Scale(zero_stage=1),
