@@ -52,7 +52,7 @@ class Experiment:
     family: Literal["ddmi"] = "ddmi"
     """Model family."""
     output: str = "./runs"
-    """Folder, or object store, that holds the run folders; absolute inside a Ray job and on several nodes."""
+    """Folder that holds the run folders; absolute, and shared by all nodes, inside a Ray job and on several nodes."""
     seed: int = 0
     """Seed of everything random: initial weights, order of the data, noise, samples."""
     domain: AnyDomain

@@ -33,7 +33,6 @@ from distributed_inr.models.latent_prior import Sampler
 MAX_RESOLUTION = 16_384
 """Pixels a side of the largest picture that the jobs write (3.2 GB in memory)."""
 
-_DECODE_TOGETHER = 16
 _SHEET_PICTURES = 64
 _SHEET_CELL = 256
 

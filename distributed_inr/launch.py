@@ -94,9 +94,7 @@ class Launcher(Protocol):
 @contextlib.contextmanager
 def launcher(scale: Scale) -> Iterator[Launcher]:
     """The place to run at: the Ray cluster of this job or machine, a local Ray for the time being, or this process."""
-    os.environ |= {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _set_environment()
     if scale.launcher == "none":
         yield _InProcess(scale)
         return
@@ -267,11 +265,10 @@ def _work(function: Callable[[Worker], None], *, mail: "_Mail", scale: Scale, fo
     if rank == 0:
         mail.put("attempt", (mail.get("attempt") or 0) + 1)
 
-    os.environ |= {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    _set_environment()
     if os.path.isdir(directory):
         os.chdir(directory)
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         here = ray.get_runtime_context().get_node_id()
         cores = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == here)
         torch.set_num_threads(scale.num_threads or max(1, int(cores) // context.get_local_world_size()))
@@ -350,6 +347,12 @@ def _mailed_warnings(mail: _Mail) -> Iterator[None]:
         yield
     finally:
         log.removeHandler(handler)
+
+
+def _set_environment() -> None:
+    os.environ |= {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _in_thread(function: Callable[[], Any]) -> "Future[Any]":

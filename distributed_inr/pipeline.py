@@ -30,7 +30,11 @@ _MAY_CHANGE = frozenset(
     ("batch_size", "micro_batch_size", "keep_checkpoints")
     + ("log_every_samples", "evaluate_every_samples", "checkpoint_every_samples")
 )
+"""Options that may differ between two calls: how fast and how often, not how long, which counts samples."""
+
 _ORDER = ("num_streams", "shuffle_shards")
+"""Options of `data` that the order of the samples depends on."""
+
 _MODEL = "model.safetensors"
 
 

@@ -90,9 +90,10 @@ def test_efficientnet_lite0_tells_one_kind_of_picture_from_another():
 def test_the_nearest_picture_is_found_at_its_root_mean_square_distance():
     reference = torch.zeros(3, 16)
     reference[1], reference[2] = 0.5, 1.0
-    distances, indices = metrics.nearest(torch.full((1, 16), 0.6), reference, num=2)
-    assert indices.tolist() == [[1, 2]]
-    torch.testing.assert_close(distances, torch.tensor([[0.1, 0.4]]), rtol=1e-4, atol=1e-5)
+    queries = torch.tensor([[0.6], [0.8], [0.1]]).expand(-1, 16)
+    distances, indices = metrics.nearest(queries, reference)
+    assert indices.tolist() == [1, 2, 0]
+    torch.testing.assert_close(distances, torch.tensor([0.1, 0.2, 0.1]), rtol=1e-4, atol=1e-5)
 
 
 def test_spread_numbers_are_even_and_distinct():

@@ -280,7 +280,8 @@ def training_stream(
     """
     if global_batch % world:
         raise ValueError(
-            f"batch_size={global_batch} must be a multiple of the {world} workers; {_nearest(global_batch, world)}"
+            f"batch_size={global_batch} must be a multiple of the {world} workers; "
+            f"try {max(1, round(global_batch / world)) * world}"
         )
     share = global_batch // world
     if share % micro_batch:
@@ -383,7 +384,3 @@ def _check_cache(dataset: ShardDataset, world: int) -> None:
             f"{dataset.order.shuffle_shards} shards that each worker of a node reads from ({needed / 2**30:.3g} GiB); "
             "raise it, or lower data.num_streams or data.shuffle_shards"
         )
-
-
-def _nearest(batch: int, world: int) -> str:
-    return f"try {max(1, round(batch / world)) * world}"

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 _SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "hf", "http", "https", "memory")
 _ATTEMPTS = 4
 
-
 BUNDLED = Path(__file__).parents[2] / "examples" / "data"
+"""Where a checkout keeps its example sets; they are no part of the installed package."""
 
 
 def resolve(url: str) -> str:

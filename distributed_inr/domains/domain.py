@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,7 +48,7 @@ class Signal:
     def to(self, device: torch.device | str) -> Signal:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def map(self, function: Any) -> Signal:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Signal:
         """The signal with `function` applied to each of its tensors."""
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
@@ -101,9 +101,9 @@ class Domain(ABC):
     def read(self, record: Record, seed: int) -> Signal:
         """Decode one shard record on the CPU. Raises ValueError when the sample is bad (the reader replaces it)."""
 
+    @abstractmethod
     def copies(self, signal: Signal) -> tuple[Signal, ...]:
         """The batch and its deterministic augmented copies (such as the mirrored pictures)."""
-        return (signal,)
 
     def augment(self, signal: Signal) -> Signal:
         """For every sample of the batch, one of its copies, drawn from the sample's seed."""

@@ -110,8 +110,8 @@ class Known:
     def nearest(self, thumbnails: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
         """Distance of each thumbnail to its nearest training picture, and that one's (number, copy)."""
         distances, indices = metrics.nearest(thumbnails.flatten(1), torch.cat(self.copies).flatten(1))
-        places = [(self.numbers[i % len(self.numbers)], i // len(self.numbers)) for i in indices[:, 0].tolist()]
-        return distances[:, 0], places
+        places = [(self.numbers[i % len(self.numbers)], i // len(self.numbers)) for i in indices.tolist()]
+        return distances, places
 
 
 def _survey(training: Split, bar: "Bar") -> Known:

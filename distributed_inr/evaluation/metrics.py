@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from distributed_inr.models.torchvision_cpu import import_torchvision
@@ -160,9 +160,8 @@ def frechet_precision_recall(
 
 
 def nearest(
-    queries: Float[Tensor, "count numbers"], reference: Float[Tensor, "count2 numbers"], *, num: int = 1
-) -> tuple[Float[Tensor, "count num"], Tensor]:
-    """Root mean squared differences to the `num` nearest members of a set, and their indices; nearest first."""
-    distances = torch.cdist(queries, reference) / queries.shape[1] ** 0.5
-    found = distances.topk(min(num, len(reference)), largest=False)
+    queries: Float[Tensor, "count numbers"], reference: Float[Tensor, "count2 numbers"]
+) -> tuple[Float[Tensor, " count"], Int64[Tensor, " count"]]:
+    """Root mean squared difference to the nearest member of a set, and its index."""
+    found = (torch.cdist(queries, reference) / queries.shape[1] ** 0.5).min(dim=1)
     return found.values, found.indices

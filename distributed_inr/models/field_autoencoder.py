@@ -13,6 +13,7 @@ class FieldAutoencoder(nn.Module, ABC):
     """Signals to latents and latents to fields; `forward` is the training objective."""
 
     latent_shape: tuple[int, ...]
+    """Shape of one latent, channels first."""
 
     @abstractmethod
     def forward(self, signal: Signal) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ class LatentPrior(nn.Module, ABC):
     """A distribution over latents; `forward` is the training objective."""
 
     latent_shape: tuple[int, ...]
+    """Shape of one latent, channels first."""
 
     @abstractmethod
     def forward(self, signal: Signal) -> dict[str, Tensor]:
