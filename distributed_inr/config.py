@@ -174,8 +174,8 @@ def _validate(cls: type[C], values: Any) -> C:
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "unexpected_keyword_argument":
             raise ValueError(f"{path} is not a field; remove it or check the spelling against --help") from None
-        if first["type"] == "value_error":  # a cross-field rule: it already names its values and remedy
-            raise ValueError(f"{path + ': ' if path else ''}{message}") from None
+        if first["type"] == "value_error":  # a cross-field rule: it already names its paths, values and remedy
+            raise ValueError(message) from None
         raise ValueError(f"{path}={first['input']!r}: {message}; see --help for what it accepts") from None
 
 

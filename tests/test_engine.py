@@ -311,9 +311,9 @@ def test_constant_schedule_without_warmup_is_constant():
 
 
 def test_scale_refuses_what_cannot_work():
-    with pytest.raises(ValueError, match="compile=True does not work with zero_stage=3"):
+    with pytest.raises(ValueError, match="scale.compile=True does not work with scale.zero_stage=3"):
         Scale(compile=True, zero_stage=3)
-    with pytest.raises(ValueError, match="num_workers=2 needs launcher='ray'"):
+    with pytest.raises(ValueError, match="scale.num_workers=2 needs scale.launcher='ray'"):
         Scale(num_workers=2, launcher="none")
 
 

@@ -38,8 +38,20 @@ def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["--scale.num-worker", "2"], "error: unknown flag '--scale.num-worker'; did you mean --scale.num-workers?"),
         (["--seed", "one"], "error: seed='one': "),
         (["--domain.size", "-3"], "error: domain.size='-3': "),
+        (
+            ["--autoencoder.kl-wieght", "3"],
+            "error: unknown flag '--autoencoder.kl-wieght'; did you mean --autoencoder.kl-weight?",
+        ),
+        (["--autoencoder-training.batch-size", "many"], "error: autoencoder_training.batch_size='many': "),
+        (
+            ["--domain.size", "256"],
+            "error: domain.source_size=128 is smaller than domain.size=256; pixels are never invented",
+        ),
         (["--domain.size", "60"], "error: domain.size=60 must be a multiple of the encoder's reduction 8; try 56"),
-        (["--scale.launcher", "none", "--scale.num-workers", "2"], "needs launcher='ray'"),
+        (
+            ["--scale.launcher", "none", "--scale.num-workers", "2"],
+            "error: scale.num_workers=2 needs scale.launcher='ray'",
+        ),
         (["--data.train", "nowhere"], "error: nowhere: no index.json and no .tar files there; check the path"),
     ],
 )
@@ -52,7 +64,7 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(
 ):
     assert run_here(monkeypatch, *arguments, "--output", str(tmp_path)) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert error.startswith(message) and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -61,6 +73,7 @@ def test_help_lists_every_option_with_its_default(monkeypatch: pytest.MonkeyPatc
     shown = " ".join(capsys.readouterr().out.split())
     assert "--autoencoder.kl-weight" in shown and "--prior-training.optim.lr" in shown and "(default: 0.001)" in shown
     assert "presets: furniture-image, " in shown
+    assert "beta_z of eq. 9" in shown and "--scale.zero-stage 0|1|2|3" in shown
 
 
 @pytest.mark.slow

@@ -54,11 +54,11 @@ class Scale:
     def __post_init__(self) -> None:
         if self.compile and self.engine == "deepspeed" and self.zero_stage == 3:
             raise ValueError(
-                "compile=True does not work with zero_stage=3, whose weights come and go between layers; "
-                "use zero_stage=2 or compile=False"
+                "scale.compile=True does not work with scale.zero_stage=3, whose weights come and go between layers; "
+                "use scale.zero_stage=2 or scale.compile=False"
             )
         if self.launcher == "none" and self.num_workers not in (None, 1):
-            raise ValueError(f"num_workers={self.num_workers} needs launcher='ray'; launcher='none' runs one worker")
+            raise ValueError(f"scale.num_workers={self.num_workers} needs scale.launcher='ray'; 'none' runs one worker")
 
 
 @config
