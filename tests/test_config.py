@@ -1,7 +1,5 @@
 """Configs: validation, overrides, JSON, the command line and its refusals."""
 
-import subprocess
-import sys
 from typing import Annotated, Literal
 
 import pydantic
@@ -103,27 +101,3 @@ def test_configs_cannot_be_changed_in_place():
 def test_differences_name_the_paths_and_both_values():
     assert differences(Tree(name="a"), Tree(name="a", limit=2)) == {"limit": (None, 2)}
     assert differences(Tree(name="a"), Tree(name="a", model=Large()))["model.kind"] == ("small", "large")
-
-
-def test_help_lists_every_field_with_its_meaning_and_default():
-    run = subprocess.run([sys.executable, "jobs/train_ddmi.py", "--help"], capture_output=True, text=True)
-    assert run.returncode == 0
-    text = " ".join(run.stdout.split())
-    assert "--autoencoder.kl-weight" in text and "beta_z of eq. 9" in text
-    assert "--scale.zero-stage 0|1|2|3" in text and "(default: 1)" in text
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["furniture-imag"], "did you mean furniture-image?"),
-        (["--autoencoder.kl-wieght", "3"], "did you mean --autoencoder.kl-weight?"),
-        (["--autoencoder-training.batch-size", "many"], "autoencoder_training.batch_size='many'"),
-        (["--domain.size", "60"], "multiple of the encoder's reduction 8; try 56"),
-        (["--domain.size", "256"], "pixels are never invented"),
-    ],
-)
-def test_the_training_job_exits_with_2_and_one_line_on_bad_flags(flags, words):
-    run = subprocess.run([sys.executable, "jobs/train_ddmi.py", *flags], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert words in run.stderr and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
