@@ -74,6 +74,9 @@ def run(experiment: Experiment) -> dict[str, Path]:
         )
         for stage in (fit, encode, fit_prior):
             stage.refuse_other_options()
+        for stage, path in ((fit, "autoencoder_training"), (fit_prior, "prior_training")):
+            if not stage.was_finished:
+                getattr(experiment, path).num_micro_batches(place.num_workers, path=path)
         check_space(
             folder,
             {

@@ -42,6 +42,11 @@ class Stage:
         except ValueError as error:
             raise ValueError(f"{path} cannot be read: {error}; delete {self.folder} to make it again") from None
 
+    @property
+    def was_finished(self) -> bool:
+        """Whether what it holds is whole, whatever it was made from."""
+        return self._record is not None and self._record["complete"]
+
     def refuse_other_options(self) -> None:
         record = self._record
         changed = differences(record["options"], self.options) if record else {}

@@ -80,6 +80,7 @@ def test_how_fast_and_how_often_may_change_on_a_complete_run(experiment: Experim
         "autoencoder_training.batch_size": 8,
         "autoencoder_training.checkpoint_every_samples": 4,
         "prior_training.log_every_samples": 4,
+        "prior_training.micro_batch_size": 3,
         "prior_training.keep_checkpoints": 5,
         "sampling.batch_size": 2,
         "data.num_loaders": 1,
@@ -255,6 +256,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(experiment: Exp
         latents = str(experiment.folder / "latents")
         pipeline.run(override(experiment, {"output": str(tmp_path), "data.train": latents}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_batches_that_the_workers_cannot_share_are_refused_before_the_first_stage(
+    experiment: Experiment, tmp_path: Path
+):
+    changed = override(experiment, {"output": str(tmp_path), "prior_training.micro_batch_size": 3})
+    with pytest.raises(ValueError, match=r"^prior_training.batch_size=4 must be a multiple of .* 1 \* 3 = 3; try 6$"):
+        pipeline.run(changed)
+    assert not (changed.folder / "autoencoder").exists()
 
 
 def test_an_interrupted_stage_goes_on_from_its_checkpoint(experiment: Experiment, tmp_path: Path):

@@ -53,6 +53,18 @@ class Training:
     keep_checkpoints: PositiveInt = 2
     """How many of the newest checkpoints to keep."""
 
+    def num_micro_batches(self, num_workers: int, *, path: str = "training") -> int:
+        """Micro-batches of a step on each worker. Raises ValueError, naming `path`, where they do not fit."""
+        micro_batch_size = self.micro_batch_size or max(1, self.batch_size // num_workers)
+        unit = num_workers * micro_batch_size
+        if self.batch_size % unit:
+            raise ValueError(
+                f"{path}.batch_size={self.batch_size} must be a multiple of scale.num_workers * "
+                f"{path}.micro_batch_size = {num_workers} * {micro_batch_size} = {unit}; "
+                f"try {-(-self.batch_size // unit) * unit}"
+            )
+        return self.batch_size // unit
+
 
 def train(
     module: nn.Module,
@@ -86,21 +98,15 @@ def train(
     """
     # --- build: this worker's share of a step, and the engine around the module
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batch_size = training.batch_size
-    micro_batch_size = training.micro_batch_size or max(1, batch_size // world)
-    unit = world * micro_batch_size
-    if batch_size % unit:
-        raise ValueError(
-            f"training.batch_size={batch_size} must be a multiple of scale.num_workers * training.micro_batch_size = "
-            f"{world} * {micro_batch_size} = {unit}; try {-(-batch_size // unit) * unit}"
-        )
+    batch_size, num_micro_batches = training.batch_size, training.num_micro_batches(world)
+    micro_batch_size = batch_size // world // num_micro_batches
     torch.manual_seed(seed)
     engine = build_engine(
         module,
         scale=scale,
         optim=training.optim,
         micro_batch_size=micro_batch_size,
-        num_micro_batches=batch_size // unit,
+        num_micro_batches=num_micro_batches,
     )
 
     # --- prepare: the running average of the weights, on the fragments that this rank owns
@@ -120,7 +126,7 @@ def train(
         count = sum(torch.Size(f.shape).numel() for f in fragments)
         logger.info(
             "%s: %.2f M parameters, %d workers x %d micro-batches x %d samples a step, %d of %d samples done%s",
-            *(type(module).__name__, count / 1e6, world, batch_size // unit, micro_batch_size),
+            *(type(module).__name__, count / 1e6, world, num_micro_batches, micro_batch_size),
             *(samples, training.num_samples, f" ({path})" if path else ""),
         )
     batches = training_stream(
