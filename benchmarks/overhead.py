@@ -97,8 +97,7 @@ def measure(worker: Worker, *, experiment: Experiment, folder: Path, rungs: list
     for rung in rungs:
         torch.manual_seed(experiment.seed)
         module = experiment.autoencoder.build(experiment.domain)
-        index = experiment.data.index(experiment.data.train)
-        dataset = experiment.data.dataset(index, read=experiment.domain.read, seed=experiment.seed)
+        dataset = experiment.dataset(experiment.data.index(experiment.data.train))
         ends: list[float] = []
 
         def stop(ends: list[float] = ends) -> bool:  # asked after every step

@@ -135,7 +135,7 @@ def test_latents_hold_every_picture_and_its_mirror_image_once(experiment: Experi
     assert sorted(found) == sorted(keys + [f"{key}#1" for key in keys]) and len(latents) == 66
 
     model = load(experiment.folder)
-    data = experiment.data.dataset(experiment.data.index(experiment.data.train), read=experiment.domain.read, seed=0)
+    data = experiment.dataset(experiment.data.index(experiment.data.train))
     for batch in evaluation_stream(data, batch=4):
         for copy, signal in enumerate(experiment.domain.copies(batch)):
             expected = torch.stack(model.autoencoder.posterior(signal), dim=1)
