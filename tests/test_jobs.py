@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import LocalRay
 
+from distributed_inr.presets import PRESETS
+
 TINY = """
     --domain.size 16 --domain.scales 1 --domain.scale-weights 1
     --autoencoder.encoder.channels 8 --autoencoder.encoder.multipliers 1 2
@@ -71,7 +73,9 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(
 def test_help_lists_every_option_with_its_default(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     assert run_here(monkeypatch, "--help") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--autoencoder.kl-weight" in shown and "--prior-training.optim.lr" in shown and "(default: 0.001)" in shown
+    lr = PRESETS["furniture-image"]().prior_training.optim.lr
+    assert "--autoencoder.kl-weight" in shown and "beta_z of eq. 9" in shown
+    assert "--prior-training.optim.lr" in shown and f"(default: {lr})" in shown
     assert "presets: furniture-image, " in shown
     assert "beta_z of eq. 9" in shown and "--scale.zero-stage 0|1|2|3" in shown
 
