@@ -1,0 +1,52 @@
+"""Every preset's own structure, at tiny width: it trains two steps, encodes and samples."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import smooth_picture, write_pictures
+
+from distributed_inr import pipeline
+from distributed_inr.config import override
+from distributed_inr.generation import load
+from distributed_inr.presets import PRESETS
+
+TINY = {
+    "domain.size": 32,
+    "autoencoder.encoder.channels": 8,
+    "autoencoder.decoder_channels": 8,
+    "autoencoder.latent_channels": 4,
+    "autoencoder.field_channels": 8,
+    "autoencoder.readout_width": 16,
+    "prior.denoiser.channels": 8,
+    "prior.denoiser.head_dim": 8,
+    "autoencoder_training.num_samples": 8,
+    "autoencoder_training.batch_size": 4,
+    "prior_training.num_samples": 8,
+    "prior_training.batch_size": 4,
+    "data.num_loaders": 0,
+    "scale.engine": "accelerate",
+    "scale.launcher": "none",
+    "sampling.count": 2,
+    "sampling.steps": 2,
+    "evaluation.num_samples": 0,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_trains_encodes_and_samples(name: str, tmp_path: Path):
+    preset = PRESETS[name]()
+    source_size = 32 * preset.domain.source_size // preset.domain.size
+    for number, part in enumerate(("train", "val")):
+        write_pictures(tmp_path / part, 6, seed=number, size=source_size)
+    changes = {"output": str(tmp_path), "domain.source_size": source_size}
+    changes |= {f"data.{part}": str(tmp_path / part) for part in ("train", "val")}
+    made = pipeline.run(override(preset, TINY | changes))
+
+    model = load(made["run"])
+    samples = model.sample(2, steps=2).render(40)
+    assert samples.shape == (2, 3, 40, 40) and samples.isfinite().all()
+    assert not torch.equal(samples[0], samples[1])
+    smooth_picture(7, 48).save(tmp_path / "mine.png")
+    assert model.encode(tmp_path / "mine.png").render(32).isfinite().all()
