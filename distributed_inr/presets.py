@@ -41,7 +41,7 @@ def furniture_image() -> Experiment:
         ),
         prior=LatentDiffusion(
             denoiser=UNet(channels=96, multipliers=(1, 1), num_blocks=1),
-            prediction="v",  # clearer samples than epsilon in few steps (LOG.md)
+            prediction="v",  # looked clearer than epsilon in short runs (LOG.md)
         ),
         autoencoder_training=Training(
             num_samples=autoencoder_samples,
