@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from distributed_inr.data.shards import ShardIndex, ShardWriter, load_index
+from distributed_inr.data.cache import Cache
+from distributed_inr.data.shards import OpenShard, ShardIndex, ShardWriter, load_index
 from distributed_inr.domains.domain import Record, Signal
 
 
@@ -17,6 +18,24 @@ def png(seed: int, size: int = 8) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+def save_picture(path: Path, seed: int = 0, size: int = 16) -> None:
+    """A random picture as a file of the kind that its suffix names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def records(index: ShardIndex, cache: Cache) -> list[Record]:
+    """Every record of a set, in the order of the shards."""
+    opened = [OpenShard(shard, cache) for shard in index.shards]
+    return [shard.record(i) for shard in opened for i in range(len(shard))]
+
+
+def by_key(index: ShardIndex) -> dict[str, Record]:
+    """Every record of a local set."""
+    return {record["__key__"]: record for record in records(index, Cache("/nonexistent", gib=1.0))}
 
 
 def write_set(folder: Path, count: int, *, shard_samples: int = 7, bad: tuple[int, ...] = ()) -> ShardIndex:
