@@ -37,6 +37,7 @@ def local_ray() -> Iterator[LocalRay]:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "RAY_worker_niceness": "0",  # as launch.py sets it: a busy machine would starve the workers
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
