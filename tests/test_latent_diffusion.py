@@ -55,6 +55,33 @@ def test_the_loss_is_eq_10_by_hand(prediction):
     torch.testing.assert_close(model(signal)["diffusion"], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("logit", [None, (-0.6, 0.8)])
+def test_timesteps_are_uniform_or_logit_normal(logit):
+    model = LatentDiffusion(denoiser=TINY, timestep_logit=logit).build((1, 2, 2))
+    seen = []
+
+    class Recorder(torch.nn.Module):
+        def forward(self, noisy, timesteps):
+            seen.append(timesteps)
+            return noisy
+
+    model.denoiser = Recorder()
+    count = 4000
+    seeds = torch.tensor([sample_seed(5, i) for i in range(count)])
+    zeros = torch.zeros(count, dtype=torch.int64)
+    model(
+        Signal(key=["k"] * count, seed=seeds, position=zeros, inputs=torch.zeros(count, 2, 1, 2, 2), text=[""] * count)
+    )
+    part = (seen[0] + 0.5) / 1000
+    if logit is None:
+        assert part.mean().item() == pytest.approx(0.5, abs=0.02) and part.std().item() == pytest.approx(
+            12**-0.5, abs=0.01
+        )
+    else:
+        assert part.logit().mean().item() == pytest.approx(-0.6, abs=0.05)
+        assert part.logit().std().item() == pytest.approx(0.8, abs=0.03)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
 @pytest.mark.parametrize(("sampler", "steps"), [("ancestral", 250), ("ddim", 100), ("dpm-solver++", 150)])
 def test_samplers_with_the_exact_network_draw_the_gaussian_they_should(prediction, sampler, steps):

@@ -24,6 +24,9 @@ class LatentDiffusion:
     """The network."""
     prediction: Literal["epsilon", "v", "x0"] = "epsilon"
     """What the network predicts: the noise (eq. 10), the velocity, or the clean latent."""
+    timestep_logit: tuple[float, Annotated[float, pydantic.Field(gt=0)]] | None = None
+    """Mean and deviation of the normal distribution that the logit of t / T is drawn from in training, which spends it
+    where most is to be learned (Esser et al., 2024, section 3.1). none: t is uniform (eq. 10 with w(t) = 1)."""
     num_timesteps: Annotated[int, pydantic.Field(gt=0)] = 1000
     """Length T of the noising chain."""
     beta_start: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.0015
@@ -59,11 +62,11 @@ class LatentDiffusionModel(LatentPrior):
         self.register_buffer("latent_deviation", torch.ones(per_channel))
 
     def forward(self, signal: Signal) -> dict[str, Tensor]:
-        """Eq. 10 with w(t) = 1, as a mean over the latent's elements."""
+        """Eq. 10, as a mean over the latent's elements; w(t) is the density that timesteps are drawn with."""
         mean, deviation = signal.inputs.float().unbind(1)
         latent = mean + deviation * randomness.normal(signal.seed, "posterior", self.latent_shape)
         clean = (latent - self.latent_mean) / self.latent_deviation
-        timesteps = randomness.integers(signal.seed, "timestep", (), self.cfg.num_timesteps)
+        timesteps = self._timesteps(signal.seed)
         noise = randomness.normal(signal.seed, "noise", self.latent_shape)
 
         level = self.signal_level[timesteps].view(-1, *[1] * len(self.latent_shape))
@@ -97,6 +100,13 @@ class LatentDiffusionModel(LatentPrior):
                 extra = {"eta": 1.0, "variance_noise": noise}
             noisy = scheduler.step(predicted.float(), timestep, noisy, **extra).prev_sample
         return noisy * self.latent_deviation + self.latent_mean
+
+    def _timesteps(self, seeds: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
+        if self.cfg.timestep_logit is None:
+            return randomness.integers(seeds, "timestep", (), self.cfg.num_timesteps)
+        mean, deviation = self.cfg.timestep_logit
+        part = torch.sigmoid(mean + deviation * randomness.normal(seeds, "timestep", ()))
+        return (part * self.cfg.num_timesteps).long().clamp(max=self.cfg.num_timesteps - 1)
 
     def _scheduler(self, sampler: Sampler) -> Any:
         import_torchvision()
