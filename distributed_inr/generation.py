@@ -9,6 +9,7 @@ Needs neither Ray nor DeepSpeed nor webdataset.
 """
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,10 @@ import torch
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distributed_inr.config import from_json
+from distributed_inr.config import from_json, override, to_json
 from distributed_inr.data import pictures
 from distributed_inr.domains import AnyDomain, Signal
 from distributed_inr.domains.domain import seeds_for
@@ -237,6 +238,24 @@ def reconstruct_files(
         paths.append(out / f"{stem}-beside.png")
         sheet([row], column_titles=titles).save(paths[-1])
     return paths
+
+
+def export(run: str | Path, out: Path) -> None:
+    """Copy what `load` needs of a finished run to a new folder, with float16 weights, and its report and pictures."""
+    model = load(run, device="cpu")
+    if model.prior is None:
+        raise ValueError(f"{model.folder}/prior/model.safetensors does not exist: {_UNFINISHED}")
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another folder with --out, or delete it")
+    for name, module in (("autoencoder", model.autoencoder), ("prior", model.prior)):
+        weights = {key: tensor.half().contiguous() for key, tensor in module.state_dict().items()}
+        save_file(weights, make_folder(out / name) / "model.safetensors")
+    own_place = {
+        "output": Experiment.__dataclass_fields__["output"].default
+    }  # where it was trained is nobody's business
+    (out / "config.json").write_text(to_json(override(model.experiment, own_place)) + "\n")
+    for path in [*model.folder.glob("*.png"), *model.folder.glob("report.md"), *model.folder.glob("evaluation.json")]:
+        shutil.copyfile(path, out / path.name)
 
 
 def default_folder(run: Path, name: str) -> Path:

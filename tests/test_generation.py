@@ -14,7 +14,7 @@ from tiny_run import smooth_picture, write_run
 
 import distributed_inr as dinr
 from distributed_inr.domains.domain import pixel_centres
-from distributed_inr.generation import default_folder, reconstruct_files, sample_files
+from distributed_inr.generation import default_folder, export, reconstruct_files, sample_files
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -37,6 +37,18 @@ def test_samples_are_functions_of_seed_and_number_alone(run: Path):
     torch.testing.assert_close(model.sample_latents(1, seed=3, start=4), latents[4:], rtol=1e-4, atol=1e-5)
     assert (model.sample_latents(5, seed=4) - latents).abs().amin(0).max() > 1e-2
     assert len(torch.unique(latents.flatten(1), dim=0)) == 5
+
+
+def test_an_exported_run_draws_the_same_functions_from_half_the_bytes(run: Path, tmp_path: Path):
+    out = tmp_path / "shared" / "tiny"
+    export(run, out)
+    assert dinr.load(out).experiment.output == "./runs"  # and not where it was trained
+    for name in ("autoencoder", "prior"):
+        assert all(tensor.dtype == torch.float16 for tensor in load_file(out / name / "model.safetensors").values())
+    exact, exported = (dinr.load(folder).sample(3, steps=4).render(16) for folder in (run, out))
+    assert 0 < (exact - exported).abs().max() < 0.05
+    with pytest.raises(ValueError, match=r"tiny exists; choose another folder with --out, or delete it"):
+        export(run, out)
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim", "dpm-solver++"])
@@ -270,4 +282,5 @@ def test_jobs_refuse_bad_input_in_one_line(
     assert "damaged.png is not a usable picture" in refused("reconstruct", run, tmp_path / "damaged.png")
     assert "cut.png is not a usable picture" in refused("reconstruct", run, tmp_path / "cut.png")
     assert "cannot be made" in refused("sample", run, "--out", tmp_path / "good.png")
+    assert f"{tmp_path} exists; choose another folder" in refused("export", run, "--out", tmp_path)
     assert sorted(run.rglob("*")) == before
