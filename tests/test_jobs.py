@@ -19,7 +19,7 @@ TINY = """
     --autoencoder.latent-channels 2 --autoencoder.decoder-channels 8 --autoencoder.decoder-multipliers 1 2
     --autoencoder.num-fields 2 --autoencoder.field-channels 8 --autoencoder.readout-width 16
     --autoencoder.num-points 64 --autoencoder-training.num-samples 64
-    --prior.denoiser.channels 8 --prior.denoiser.multipliers 1 2 --prior.denoiser.head-dim 8
+    --prior.denoiser.width 16
     --prior-training.num-samples 64 --sampling.steps 2 --sampling.count 4
     --evaluation.num-samples 0 --evaluation.max-reconstructions 4
 """.split()

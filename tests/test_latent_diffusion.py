@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from distributed_inr.domains import Signal
-from distributed_inr.models.denoisers import UNet
+from distributed_inr.models.denoisers import ResidualMLP, UNet
 from distributed_inr.models.latent_diffusion import LatentDiffusion, LatentDiffusionModel
 from distributed_inr.randomness import integers, normal, sample_seed
 
 SHAPE = (3, 4, 4)
 TINY = UNet(channels=16, multipliers=(1, 2), num_blocks=1, head_dim=8)
+DENOISERS = [TINY, ResidualMLP(width=32, num_blocks=2)]
 SEEDS = torch.tensor([sample_seed(0, i) for i in range(6)])
 
 
@@ -114,9 +115,10 @@ def test_latents_are_normalised_before_and_restored_after():
     assert "latent_mean" in model.state_dict() and "signal_level" not in model.state_dict()
 
 
-def test_one_set_of_latents_can_be_overfitted():
+@pytest.mark.parametrize("denoiser", DENOISERS)
+def test_one_set_of_latents_can_be_overfitted(denoiser):
     torch.manual_seed(0)
-    model = LatentDiffusion(denoiser=TINY, prediction="x0").build(SHAPE)
+    model = LatentDiffusion(denoiser=denoiser, prediction="x0").build(SHAPE)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     signal, losses = batch(deviation=0.0), []
     for _ in range(120):
@@ -126,6 +128,21 @@ def test_one_set_of_latents_can_be_overfitted():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("denoiser", DENOISERS)
+def test_denoisers_use_every_weight_and_keep_samples_apart(denoiser):
+    torch.manual_seed(0)
+    network = denoiser.build(SHAPE)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # they start with zeros, behind which nothing has a gradient
+    noisy, timesteps = torch.randn(4, *SHAPE), torch.tensor([0, 300, 300, 999])
+    together = network(noisy, timesteps)
+    assert together.shape == noisy.shape
+    torch.testing.assert_close(network(noisy[1:2], timesteps[1:2]), together[1:2], rtol=1e-4, atol=1e-5)
+    assert (network(noisy, timesteps.flip(0)) - together)[0].abs().max() > 1e-3
+    together.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in network.parameters())
 
 
 def test_impossible_sizes_are_refused():

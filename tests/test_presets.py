@@ -18,8 +18,6 @@ TINY = {
     "autoencoder.latent_channels": 4,
     "autoencoder.field_channels": 8,
     "autoencoder.readout_width": 16,
-    "prior.denoiser.channels": 8,
-    "prior.denoiser.head_dim": 8,
     "autoencoder_training.num_samples": 8,
     "autoencoder_training.batch_size": 4,
     "prior_training.num_samples": 8,
@@ -30,6 +28,10 @@ TINY = {
     "sampling.count": 2,
     "sampling.steps": 2,
     "evaluation.num_samples": 0,
+}
+TINY_DENOISERS = {
+    "unet": {"prior.denoiser.channels": 8, "prior.denoiser.head_dim": 8},
+    "mlp": {"prior.denoiser.width": 16},
 }
 
 
@@ -42,7 +44,7 @@ def test_every_preset_trains_encodes_and_samples(name: str, tmp_path: Path):
         write_pictures(tmp_path / part, 6, seed=number, size=source_size)
     changes = {"output": str(tmp_path), "domain.source_size": source_size}
     changes |= {f"data.{part}": str(tmp_path / part) for part in ("train", "val")}
-    made = pipeline.run(override(preset, TINY | changes))
+    made = pipeline.run(override(preset, TINY | TINY_DENOISERS[preset.prior.denoiser.kind] | changes))
 
     model = load(made["run"])
     samples = model.sample(2, steps=2).render(40)

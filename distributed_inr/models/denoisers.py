@@ -1,19 +1,25 @@
 """Denoising networks of the latent priors."""
 
-from typing import Annotated
+import math
+from typing import Annotated, Literal
 
 import pydantic
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from distributed_inr.config import config
 from distributed_inr.models.torchvision_cpu import import_torchvision
 
+_TIME_WAVES, _TIME_DIM = 256, 256
+"""Sinusoids of the timestep, and numbers in its embedding."""
+
 
 @config
 class UNet:
     """diffusers' 2-D U-Net over latent planes, sized as in the public configs."""
 
+    kind: Literal["unet"] = "unet"
     channels: Annotated[int, pydantic.Field(gt=0)] = 224
     """Channels of the finest level."""
     multipliers: tuple[int, ...] = (1, 2, 4, 6)
@@ -37,6 +43,23 @@ class UNet:
 
     def build(self, latent_shape: tuple[int, ...]) -> "UNetDenoiser":
         return UNetDenoiser(self, latent_shape)
+
+
+@config
+class ResidualMLP:
+    """A multilayer perceptron over the whole latent as one vector: for latents of some hundred numbers."""
+
+    kind: Literal["mlp"] = "mlp"
+    width: Annotated[int, pydantic.Field(gt=0)] = 768
+    """Numbers in the hidden state."""
+    num_blocks: Annotated[int, pydantic.Field(gt=0)] = 4
+    """Residual blocks of two layers each."""
+
+    def build(self, latent_shape: tuple[int, ...]) -> "MLPDenoiser":
+        return MLPDenoiser(self, latent_shape)
+
+
+AnyDenoiser = Annotated[UNet | ResidualMLP, pydantic.Field(discriminator="kind")]
 
 
 class UNetDenoiser(nn.Module):
@@ -76,3 +99,46 @@ class UNetDenoiser(nn.Module):
         self, noisy: Float[Tensor, "batch channels height width"], timesteps: Int64[Tensor, " batch"]
     ) -> Float[Tensor, "batch channels height width"]:
         return self.unet(noisy, timesteps).sample
+
+
+class MLPDenoiser(nn.Module):
+    """Noisy latent and timestep to the prediction, of the latent's shape; the timestep modulates every block."""
+
+    def __init__(self, cfg: ResidualMLP, latent_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        import_torchvision()
+        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+
+        size = math.prod(latent_shape)
+        self.wave = Timesteps(_TIME_WAVES, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time = TimestepEmbedding(_TIME_WAVES, _TIME_DIM)
+        self.stem = nn.Linear(size, cfg.width)
+        self.blocks = nn.ModuleList(MLPBlock(cfg.width) for _ in range(cfg.num_blocks))
+        self.norm = nn.LayerNorm(cfg.width)
+        self.out = nn.Linear(cfg.width, size)
+        nn.init.zeros_(self.out.weight)  # the first prediction is zero
+
+    def forward(self, noisy: Float[Tensor, "batch *latent"], timesteps: Int64[Tensor, " batch"]) -> Tensor:
+        time = F.silu(self.time(self.wave(timesteps)))
+        hidden = self.stem(noisy.flatten(1))
+        for block in self.blocks:
+            hidden = block(hidden, time)
+        return self.out(F.silu(self.norm(hidden))).view_as(noisy)
+
+
+class MLPBlock(nn.Module):
+    """LayerNorm, modulation by the timestep, and two linear layers around a shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(_TIME_DIM, 2 * width)
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+        for layer in (self.modulation, self.second):  # the block starts as its shortcut
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, x: Float[Tensor, "batch width"], time: Float[Tensor, "batch time"]) -> Tensor:
+        scale, shift = self.modulation(time).chunk(2, dim=-1)
+        hidden = F.silu(self.norm(x) * (1 + scale) + shift)
+        return x + self.second(F.silu(self.first(hidden)))

@@ -10,7 +10,7 @@ from torch import Tensor
 from distributed_inr import randomness
 from distributed_inr.config import config
 from distributed_inr.domains import Signal
-from distributed_inr.models.denoisers import UNet
+from distributed_inr.models.denoisers import AnyDenoiser, UNet
 from distributed_inr.models.latent_prior import LatentPrior, Sampler
 from distributed_inr.models.torchvision_cpu import import_torchvision
 
@@ -20,7 +20,7 @@ class LatentDiffusion:
     """Denoising diffusion over an autoencoder's latents, normalised by their measured statistics."""
 
     kind: Literal["latent-diffusion"] = "latent-diffusion"
-    denoiser: UNet = UNet()
+    denoiser: AnyDenoiser = UNet()
     """The network."""
     prediction: Literal["epsilon", "v", "x0"] = "epsilon"
     """What the network predicts: the noise (eq. 10), the velocity, or the clean latent."""
