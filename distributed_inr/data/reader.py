@@ -1,6 +1,7 @@
 """Reading by position: shards and an order become signals, the same for every number of ranks and loader processes."""
 
 import contextlib
+import functools
 import io
 import itertools
 import logging
@@ -159,7 +160,7 @@ class ShardDataset(Dataset):
                     counts[1] += 1
                     self._stop_above_limit(error)
                 continue
-            return replace(signal, seed=torch.tensor(seed), position=torch.tensor(position)), attempt == 0
+            return replace(signal, position=torch.tensor(position)), attempt == 0
         raise ValueError(f"shard {source.shard.url}: none of its {len(source)} samples is good; prepare the set again")
 
     def _log_bad(self, source: OpenShard, sample: int, error: Exception) -> None:
@@ -251,13 +252,21 @@ def read_latent(record: Record, seed: int) -> Signal:
 
 def _read_npy(content: bytes) -> np.ndarray:
     """A .npy array; the header cannot ask for more memory than there are bytes, nor for pickles."""
-    file = io.BytesIO(content)
+    start = 10 + int.from_bytes(content[8:10], "little")
+    shape, dtype = _parse_npy_header(content[:start])
+    return np.frombuffer(content, dtype, offset=start).reshape(shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type. The records of a set share one header; parsing it takes as long as all else of reading."""
+    file = io.BytesIO(header)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not a .npy of version 1.0")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
     if dtype.hasobject or fortran_order:
         raise ValueError("objects and Fortran order are not read")
-    return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape)
+    return shape, dtype
 
 
 def training_stream(
