@@ -5,6 +5,7 @@ number to reach. Any field can be overridden on the command line.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from distributed_inr.data.reader import Data
 from distributed_inr.domains import Image
@@ -65,6 +66,43 @@ def furniture_image() -> Experiment:
         scale=Scale(zero_stage=1),
         sampling=Sampling(count=16),
         evaluation=Evaluation(num_samples=256),
+    )
+
+
+def furniture_image_long() -> Experiment:
+    """The quick start on the same pictures for hours: larger autoencoder, smaller prior (so that it can be bundled).
+
+    python jobs/train_ddmi.py furniture-image-long
+
+    Ours: examples/runs/furniture-image-long.
+    """
+    quick = furniture_image()
+    autoencoder_samples, prior_samples = 72_000, 8_000_000
+    return replace(
+        quick,
+        name="furniture-image-long",
+        autoencoder=replace(
+            quick.autoencoder,
+            encoder=PixelEncoder(channels=16, multipliers=(1, 2, 4, 4), num_blocks=1),
+            decoder_channels=24,
+            num_points=1024,
+            kl_anneal_samples=autoencoder_samples * 9 // 10,
+        ),
+        prior=replace(quick.prior, denoiser=ResidualMLP(width=544, num_blocks=4)),
+        autoencoder_training=replace(
+            quick.autoencoder_training,
+            num_samples=autoencoder_samples,
+            optim=replace(quick.autoencoder_training.optim, lr=2e-3, warmup_samples=1_600),
+            ema_half_life_samples=2_000,
+            checkpoint_every_samples=9_000,
+        ),
+        prior_training=replace(
+            quick.prior_training,
+            num_samples=prior_samples,
+            ema_half_life_samples=200_000,
+            log_every_samples=64_000,
+            checkpoint_every_samples=prior_samples // 8,
+        ),
     )
 
 
@@ -263,6 +301,7 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
     preset.__name__.replace("_", "-"): preset
     for preset in (
         furniture_image,
+        furniture_image_long,
         furniture_all,
         afhqv2_cat_256,
         afhqv2_dog_256,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distributed_inr.config import config
 from distributed_inr.models.torchvision_cpu import import_torchvision
 
-_TIME_WAVES, _TIME_DIM = 256, 256
+_TIME_WAVES, _TIME_DIM = 128, 128
 """Sinusoids of the timestep, and numbers in its embedding."""
 
 
