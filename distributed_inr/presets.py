@@ -23,7 +23,7 @@ def furniture_image() -> Experiment:
 
     python jobs/train_ddmi.py
     """
-    autoencoder_samples, prior_samples = 24_000, 700_000
+    autoencoder_samples, prior_samples = 22_000, 900_000
     return Experiment(
         name="furniture-image",
         domain=Image(size=64, source_size=128, flip=False),  # mirrored views are twice as much to learn (LOG.md)
@@ -42,7 +42,7 @@ def furniture_image() -> Experiment:
         ),
         prior=LatentDiffusion(
             # For latents of 256 numbers and minutes on a CPU: the U-Net learns a fifth as fast there (LOG.md).
-            denoiser=ResidualMLP(width=768, num_blocks=4),
+            denoiser=ResidualMLP(width=544, num_blocks=4),
             prediction="v",  # looked clearer than epsilon in short runs (LOG.md)
             timestep_logit=(-0.6, 0.8),
         ),
@@ -52,7 +52,7 @@ def furniture_image() -> Experiment:
             optim=Optim(lr=3e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup_samples=800),
             ema_half_life_samples=500,
             log_every_samples=800,
-            checkpoint_every_samples=6_000,
+            checkpoint_every_samples=5_500,
         ),
         prior_training=Training(
             num_samples=prior_samples,
@@ -60,7 +60,7 @@ def furniture_image() -> Experiment:
             optim=Optim(lr=2e-3, betas=(0.9, 0.99), warmup_samples=6_400),
             ema_half_life_samples=20_000,
             log_every_samples=12_800,
-            checkpoint_every_samples=175_000,
+            checkpoint_every_samples=225_000,
             keep_checkpoints=4,
         ),
         scale=Scale(zero_stage=1),
