@@ -1,6 +1,6 @@
 """What the loop, DeepSpeed and Ray add to a bare PyTorch loop: step times, rung by rung, in turns on one machine.
 
-    python benchmarks/overhead.py [--steps 40] [--rounds 3] [--batch-size 8] [--workers 2]
+    python benchmarks/overhead.py [--steps 40] [--rounds 3] [--batch-size 12] [--workers 2]
 
 Every rung trains the quick start's autoencoder on the same samples with the same number of processes and threads:
 
@@ -45,7 +45,7 @@ def main() -> None:
         "--steps", type=int, default=40, help=f"steps timed of each rung and round, after {WARMUP} more"
     )
     parser.add_argument("--rounds", type=int, default=3, help="times that all rungs are measured, in turns")
-    parser.add_argument("--batch-size", type=int, default=8, help="samples a step; choose it for steps of about 100 ms")
+    parser.add_argument("--batch-size", type=int, default=12, help="samples a step, for steps of about 100 ms")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     given = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # every rung on the CPU
@@ -100,7 +100,7 @@ def measure(worker: Worker, *, experiment: Experiment, folder: Path, rungs: list
         dataset = experiment.dataset(experiment.data.index(experiment.data.train))
         ends: list[float] = []
 
-        def stop(ends: list[float] = ends) -> bool:  # asked after every step
+        def stop(ends: list[float] = ends) -> bool:  # asked in every step
             ends.append(time.perf_counter())
             return worker.stop()
 

@@ -123,7 +123,7 @@ def plain_loop(max_norm: float | None) -> list[dict[str, float]]:
         adamw.step()
         history.append(
             {"train/error": losses["error"].item(), "train/size": losses["size"].item()}
-            | {"train/total": total.item(), "grad_norm": norm.item()}
+            | {"train/total": total.item(), "grad_norm": norm.item(), "stop": 0.0}
         )
     return history
 

@@ -25,6 +25,8 @@ from distributed_inr.training.fragments import BUCKET, Fragment, Read, is_first,
 
 logger = logging.getLogger(__name__)
 
+Metrics = dict[str, float]
+
 
 @config
 class Scale:
@@ -103,11 +105,12 @@ class Engine(Protocol):
         """The wrapped module's weighted losses on a micro-batch. In evaluation, call it under `torch.no_grad`."""
         ...
 
-    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float) -> dict[str, float] | None:
+    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float, stop: bool = False) -> Metrics | None:
         """Add the gradient of a micro-batch's losses; after the last micro-batch of the step, update the weights.
 
-        Returns None; or after an update the means over all ranks' samples, "train/<loss>" and "train/total", and
-        "grad_norm". Raises FloatingPointError, on every rank and before the update, if any of them is not finite.
+        Returns None; or after an update the means over all ranks' samples, "train/<loss>" and "train/total",
+        "grad_norm", and how many ranks gave "stop". Raises FloatingPointError, on every rank and before the update, if
+        any of them is not finite.
         """
         ...
 
@@ -188,14 +191,14 @@ class DeepSpeedEngine:
     def forward(self, batch: Signal) -> dict[str, Tensor]:
         return self._engine(batch)
 
-    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float) -> dict[str, float] | None:
+    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float, stop: bool = False) -> Metrics | None:
         self._pending.append(({name: loss.detach() for name, loss in losses.items()}, keys))
         self._engine.backward(_total(losses))
         metrics = None
         if len(self._pending) == self._num_micro_batches:
             pending, self._pending = self._pending, []
             gradients = self._gradients()
-            metrics = _agree(pending, _squared_norm(gradients, shared=self._stage == 0), self.steps)
+            metrics = _agree(pending, _squared_norm(gradients, shared=self._stage == 0), self.steps, stop)
             if self._stage != 3:
                 _clip(gradients, metrics["grad_norm"], self._max_grad_norm)
             self.steps += 1
@@ -291,14 +294,14 @@ class AccelerateEngine:
         with contextlib.nullcontext() if last else self._accelerator.no_sync(self._wrapped):
             return self._wrapped(batch)
 
-    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float) -> dict[str, float] | None:
+    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float, stop: bool = False) -> Metrics | None:
         self._pending.append(({name: loss.detach() for name, loss in losses.items()}, keys))
         self._accelerator.backward(_total(losses))  # divides by the number of micro-batches
         if len(self._pending) < self._num_micro_batches:
             return None
         gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
         pending, self._pending = self._pending, []
-        metrics = _agree(pending, _squared_norm(gradients, shared=True), self.steps)
+        metrics = _agree(pending, _squared_norm(gradients, shared=True), self.steps, stop)
         _clip(gradients, metrics["grad_norm"], self._max_grad_norm)
         self.steps += 1
         for group in self._adamw.param_groups:
@@ -356,17 +359,18 @@ def _clip(gradients: list[Tensor], norm: float, max_norm: float | None) -> None:
 
 
 def _agree(
-    pending: Sequence[tuple[dict[str, Tensor], Sequence[str]]], squared_norm: Tensor, steps: int
+    pending: Sequence[tuple[dict[str, Tensor], Sequence[str]]], squared_norm: Tensor, steps: int, stop: bool
 ) -> dict[str, float]:
-    """Means of a step's losses over all ranks, and the gradient's norm, in one exchange; all ranks get the same."""
+    """Means of a step's losses over all ranks, the gradient's norm and who wants to stop; all ranks get the same."""
     names, world = list(pending[0][0]), dist.get_world_size() if dist.is_initialized() else 1
     means = [torch.stack([losses[name] for losses, _ in pending]).double().mean() for name in names]
-    *values, squared = sum_over_ranks(torch.stack([*means, squared_norm])).tolist()
+    own = torch.stack([*means, squared_norm, squared_norm.new_full((), stop)])
+    *values, squared, wishes = sum_over_ranks(own).tolist()
     metrics = {f"train/{name}": value / world for name, value in zip(names, values, strict=True)}
     metrics["train/total"] = sum(metrics.values())
     metrics["grad_norm"] = math.sqrt(squared) if squared >= 0 else squared
     if all(math.isfinite(value) for value in metrics.values()):
-        return metrics
+        return metrics | {"stop": wishes}
 
     suspects = [k for losses, keys in pending for k in keys if not torch.stack(list(losses.values())).isfinite().all()]
     everyone: list[Any] = [suspects]

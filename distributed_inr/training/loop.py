@@ -91,7 +91,7 @@ def train(
         num_loaders: loader processes of each worker; 0 reads in the worker itself.
         report: called on every rank after each checkpoint with the newest metrics and "checkpoint", its path.
         progress: called on the first rank with (samples done, of how many, {"loss", "samples/s"}), seldom.
-        stop: asked on every rank after each step; True on any of them makes all write a checkpoint and return.
+        stop: asked on every rank in each step; True on any makes all finish it, write a checkpoint and return.
 
     Returns:
         Whether the run is complete; False if `stop` ended it early.
@@ -140,22 +140,23 @@ def train(
     )
 
     # --- loop: one pass is one micro-batch, and what follows the first `continue` is done once a step
-    complete, stopping = samples >= training.num_samples, False
+    complete, asked, stopping = samples >= training.num_samples, False, False
     window: list[dict[str, float]] = []  # metrics of the steps since the last line of the log
     begin, clock, shown = time.monotonic() - seconds, time.monotonic(), 0.0
     while not complete and not stopping:
         batch = next(batches)
         lr = training.optim.learning_rate(samples, batch_size=batch_size, num_samples=training.num_samples)
-        metrics = engine.step(engine.forward(batch.to(engine.device)), keys=batch.key, lr=lr)
+        losses = engine.forward(batch.to(engine.device))
+        asked = asked or (stop is not None and stop())
+        metrics = engine.step(losses, keys=batch.key, lr=lr, stop=asked)
         if metrics is None:
             continue
-        samples += batch_size
+        samples, stopping = samples + batch_size, metrics.pop("stop") > 0
         if half_life:
             average(averages, fragments, 0.5 ** (batch_size / min(half_life, EMA_RAMP * samples)))
         window.append(metrics)
 
         complete = samples >= training.num_samples
-        stopping = stop is not None and bool(sum_over_ranks(torch.tensor(float(stop()), device=engine.device)))
         rate = len(window) * batch_size / (time.monotonic() - clock)
         if progress is not None and is_first() and (complete or time.monotonic() - shown > PROGRESS_SECONDS):
             shown = time.monotonic()
