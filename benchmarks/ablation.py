@@ -7,6 +7,7 @@ the held-out PSNR of posterior means at 64 pixels. Paper, on its own data: 32.72
 """
 
 import argparse
+import functools
 import statistics
 import tempfile
 
@@ -17,9 +18,10 @@ from distributed_inr.evaluation import metrics
 from distributed_inr.evaluation.evaluate import Split
 from distributed_inr.experiment import Experiment
 from distributed_inr.generation import load
-from distributed_inr.launch import Worker, launcher
+from distributed_inr.launch import launcher
+from distributed_inr.pipeline import fit_autoencoder
 from distributed_inr.presets import furniture_image
-from distributed_inr.training.loop import train
+from distributed_inr.run_folder import Stage
 
 CONDITIONINGS = ("single", "concatenate", "coarse-to-fine")
 
@@ -54,23 +56,11 @@ def held_out_psnr(experiment: Experiment) -> float:
     """Fit the autoencoder and measure it, in dB."""
     experiment.folder.mkdir(parents=True)
     (experiment.folder / "config.json").write_text(to_json(experiment))
-    folder = experiment.folder / "autoencoder"
-
-    def fit(worker: Worker) -> None:
-        torch.manual_seed(experiment.seed)
-        train(
-            experiment.autoencoder.build(experiment.domain),
-            experiment.dataset(experiment.data.index(experiment.data.train)),
-            training=experiment.autoencoder_training,
-            scale=experiment.scale,
-            seed=experiment.seed,
-            folder=folder,
-            config_json=to_json(experiment),
-            progress=worker.progress,
-        )
-
+    stage = Stage(experiment.folder / "autoencoder", {})
+    stage.begin({})
+    fit = functools.partial(fit_autoencoder, experiment=experiment, stage=stage)
     with launcher(experiment.scale) as place:
-        place.run(fit, title=str(experiment.autoencoder.conditioning), folder=folder)
+        place.run(fit, title=experiment.autoencoder.conditioning, folder=stage.folder)
     model = load(experiment.folder)
     assert experiment.data.val is not None
     split = Split(model, experiment.data.val)

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from distributed_inr.allocator import keep_freed_memory
 from distributed_inr.config import override, to_json
 from distributed_inr.data.reader import ShardDataset, training_stream
 from distributed_inr.experiment import Experiment
@@ -84,6 +85,7 @@ def spawned(rank: int, world: int, experiment: Experiment, folder: Path) -> None
     threads = max(1, (os.cpu_count() or 1) // world)
     os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": str(threads)}
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as the launcher does: not the difference that is asked for
     warnings.simplefilter("ignore")
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)

@@ -122,12 +122,16 @@ def parse(argv: Sequence[str], presets: Mapping[str, Callable[[], C]], *, defaul
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    optional = {path for path, (hint, _, _) in fields.items() if type(None) in typing.get_args(hint)}
+    tuples = {
+        p for p, (h, _, _) in fields.items() if any(typing.get_origin(x) is tuple for x in (h, *typing.get_args(h)))
+    }
     for path, (hint, current, text) in fields.items():
         shown = " ".join(map(str, current)) if isinstance(current, tuple) else str(current)
         parser.add_argument(
             "--" + path.replace("_", "-"),
             dest=path,
-            nargs="*" if typing.get_origin(hint) is tuple else None,
+            nargs="*" if path in tuples else None,
             default=argparse.SUPPRESS,
             metavar=_metavar(hint),
             help=f"{text} (default: {shown})".replace("%", "%%"),
@@ -136,8 +140,7 @@ def parse(argv: Sequence[str], presets: Mapping[str, Callable[[], C]], *, defaul
     if unknown:
         flags = ["--" + path.replace("_", "-") for path in fields]
         raise ValueError(_unknown("flag", unknown[0].split("=")[0], flags))
-    optional = {path for path, (hint, _, _) in fields.items() if type(None) in typing.get_args(hint)}
-    empty = {path for path, text in vars(parsed).items() if text == "none" and path in optional}
+    empty = {path for path, text in vars(parsed).items() if text in ("none", ["none"]) and path in optional}
     return override(value, {path: None if path in empty else text for path, text in vars(parsed).items()})
 
 

@@ -14,6 +14,8 @@ from distributed_inr.models.latent_prior import Sampler
 from distributed_inr.training.engine import Scale
 from distributed_inr.training.loop import Training
 
+DEFAULT_OUTPUT = "./runs"
+
 
 @config
 class Sampling:
@@ -51,7 +53,7 @@ class Experiment:
     """Name of the run; with `family` and `output` it makes the run folder <output>/<family>/<name>."""
     family: Literal["ddmi"] = "ddmi"
     """Model family."""
-    output: str = "./runs"
+    output: str = DEFAULT_OUTPUT
     """Folder that holds the run folders; absolute, and shared by all nodes, inside a Ray job and on several nodes."""
     seed: int = 0
     """Seed of everything random: initial weights, order of the data, noise, samples."""

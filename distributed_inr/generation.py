@@ -26,7 +26,7 @@ from distributed_inr.data import pictures
 from distributed_inr.domains import AnyDomain, Signal
 from distributed_inr.domains.domain import seeds_for
 from distributed_inr.domains.image import to_pillow
-from distributed_inr.experiment import Experiment
+from distributed_inr.experiment import DEFAULT_OUTPUT, Experiment
 from distributed_inr.field import Field
 from distributed_inr.models import FieldAutoencoder, LatentPrior
 from distributed_inr.models.latent_prior import Sampler
@@ -241,19 +241,22 @@ def reconstruct_files(
 
 
 def export(run: str | Path, out: Path) -> None:
-    """Copy what `load` needs of a finished run to a new folder, with float16 weights, and its report and pictures."""
+    """Copy what `load` needs of a finished run to a new folder, with float16 weights, and its report and pictures.
+
+    The report is the run's own, of its float32 weights. Addresses of data and caches stay in config.json as they are.
+    """
     model = load(run, device="cpu")
     if model.prior is None:
         raise ValueError(f"{model.folder}/prior/model.safetensors does not exist: {_UNFINISHED}")
     if out.exists():
         raise ValueError(f"{out} exists; choose another folder with --out, or delete it")
     for name, module in (("autoencoder", model.autoencoder), ("prior", model.prior)):
-        weights = {key: tensor.half().contiguous() for key, tensor in module.state_dict().items()}
+        state = module.state_dict()
+        weights = {key: (t.half() if t.is_floating_point() else t).contiguous() for key, t in state.items()}
+        if not all(t.isfinite().all() for t in weights.values()):
+            raise ValueError(f"{model.folder}/{name}: weights beyond 65504 do not fit float16; share the run as it is")
         save_file(weights, make_folder(out / name) / "model.safetensors")
-    own_place = {
-        "output": Experiment.__dataclass_fields__["output"].default
-    }  # where it was trained is nobody's business
-    (out / "config.json").write_text(to_json(override(model.experiment, own_place)) + "\n")
+    (out / "config.json").write_text(to_json(override(model.experiment, {"output": DEFAULT_OUTPUT})) + "\n")
     for path in [*model.folder.glob("*.png"), *model.folder.glob("report.md"), *model.folder.glob("evaluation.json")]:
         shutil.copyfile(path, out / path.name)
 

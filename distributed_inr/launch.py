@@ -5,7 +5,6 @@ It runs again from its beginning when Ray restarts the workers, so it must resum
 """
 
 import contextlib
-import ctypes
 import functools
 import json
 import logging
@@ -24,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
+from distributed_inr.allocator import WORKER_ENVIRONMENT, keep_freed_memory
 from distributed_inr.console import Bar, exit_if_stopped, log_file, signals
 from distributed_inr.training.engine import Scale
 
@@ -32,12 +32,11 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
 _NAMESPACE = "distributed_inr"
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the processes that it starts for `ray job submit`
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _MISTAKES = (ValueError, FloatingPointError)
 """What a restart cannot mend: the same would happen again."""
 
 _ENVIRONMENT = {
-    # A report blocks its worker until it is collected; collecting more often costs 4 % of a core at 0.1 s.
+    # A report blocks its worker until it is collected; collecting takes 4 % of a core at 0.1 s, 1 % at 0.5 s (LOG.md).
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_worker_niceness": "0",  # Ray's default is 15: any other program on the machine would starve the workers
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a busy machine imports slowly
@@ -49,8 +48,6 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "WDS_SECURE": "1",  # webdataset opens no pipe: addresses and unpickles nothing
 }
-_WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
-"""Workers on a CPU: glibc unmaps the heaps of all threads but the first when they empty, and training has a thread."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,7 @@ class _InProcess:
         num_workers: int | None = None,
         stoppable: bool = False,
     ) -> None:
-        _keep_freed_memory()
+        keep_freed_memory()
         threads = torch.get_num_threads()
         if self.scale.num_threads is not None:
             torch.set_num_threads(self.scale.num_threads)
@@ -218,7 +215,7 @@ class _OnRay:
                 name="ray",
                 failure_config=FailureConfig(max_failures=scale.max_failures),
                 logging_config=LoggingConfig(log_level="CRITICAL"),
-                worker_runtime_env={} if self.use_gpu else {"env_vars": _WORKER_ENVIRONMENT},
+                worker_runtime_env={"env_vars": {k: os.environ.get(k, v) for k, v in WORKER_ENVIRONMENT.items()}},
             ),
         )
         try:
@@ -274,7 +271,7 @@ def _work(function: Callable[[Worker], None], *, mail: "_Mail", scale: Scale, fo
         mail.put("attempt", (mail.get("attempt") or 0) + 1)
 
     _set_environment()
-    _keep_freed_memory()
+    keep_freed_memory()
     if os.path.isdir(directory):
         os.chdir(directory)
     if not torch.cuda.is_available():
@@ -362,20 +359,6 @@ def _set_environment() -> None:
     os.environ |= {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def _keep_freed_memory() -> None:
-    """Have the C library reuse freed memory on a CPU, rather than return it to the kernel and fault it in at each step.
-
-    That was a tenth of a step of the quick start's autoencoder, a third of its prior's. glibc only.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or torch.cuda.is_available():
-        return
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    for largest in (2**30, 2**25):  # older releases refuse more than 32 MiB
-        if mallopt(_M_MMAP_THRESHOLD, largest):
-            break
 
 
 def _in_thread(function: Callable[[], Any]) -> "Future[Any]":

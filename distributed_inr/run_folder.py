@@ -16,7 +16,7 @@ from typing import Any
 
 from distributed_inr.config import differences, override
 from distributed_inr.data import storage
-from distributed_inr.experiment import Experiment
+from distributed_inr.experiment import DEFAULT_OUTPUT, Experiment
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def settle_output(experiment: Experiment, *, shared: bool) -> Experiment:
         raise ValueError(f"output={output!r} is an object store, which cannot hold a running run; use a shared folder")
     if not shared or Path(output).expanduser().is_absolute():
         return experiment
-    if output != Experiment.__dataclass_fields__["output"].default:
+    if output != DEFAULT_OUTPUT:
         raise ValueError(
             f"output={output!r} is relative: inside a Ray job, and on several nodes, it must be an absolute folder "
             f"that all nodes share; leave it out for {SHARED_OUTPUT}"

@@ -32,6 +32,7 @@ class Tree:
     flag: bool = False
     limit: int | None = None
     """Largest count."""
+    span: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.name == "forbidden":
@@ -56,6 +57,7 @@ def test_flags_are_read_by_type_and_path():
     tree = read("two", "--model.sizes", "3", "4", "5", "--flag", "true", "--limit", "7")
     assert tree == Tree(name="two", model=Large(sizes=(3, 4, 5)), flag=True, limit=7)
     assert read("--limit", "none").limit is None
+    assert read("--span", "-0.5", "1").span == (-0.5, 1.0) and read("--span", "none").span is None
 
 
 def test_a_flag_switches_the_variant_of_a_union_and_sets_its_fields():

@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save_file
 from tiny_run import smooth_picture, write_run
 
 import distributed_inr as dinr
-from distributed_inr.domains.domain import pixel_centres
+from distributed_inr.config import differences
+from distributed_inr.domains.domain import collate, pixel_centres
+from distributed_inr.evaluation.metrics import psnr
 from distributed_inr.generation import default_folder, export, reconstruct_files, sample_files
+from distributed_inr.presets import PRESETS
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -40,8 +43,10 @@ def test_samples_are_functions_of_seed_and_number_alone(run: Path):
 
 
 def test_an_exported_run_draws_the_same_functions_from_half_the_bytes(run: Path, tmp_path: Path):
+    (run / "samples-16.png").write_bytes(b"a picture")
     out = tmp_path / "shared" / "tiny"
     export(run, out)
+    assert (out / "samples-16.png").read_bytes() == b"a picture"
     assert dinr.load(out).experiment.output == "./runs"  # and not where it was trained
     for name in ("autoencoder", "prior"):
         assert all(tensor.dtype == torch.float16 for tensor in load_file(out / name / "model.safetensors").values())
@@ -284,3 +289,20 @@ def test_jobs_refuse_bad_input_in_one_line(
     assert "cannot be made" in refused("sample", run, "--out", tmp_path / "good.png")
     assert f"{tmp_path} exists; choose another folder" in refused("export", run, "--out", tmp_path)
     assert sorted(run.rglob("*")) == before
+
+
+def test_the_bundled_run_is_its_preset_and_draws_furniture():
+    folder = REPOSITORY / "examples" / "runs" / "furniture-image-long"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 10e6
+    model = dinr.load(folder)
+    changed = differences(PRESETS["furniture-image-long"](), model.experiment)
+    assert changed.keys() <= {"scale.launcher", "scale.num_threads"}
+
+    samples = model.sample(8, seed=1, steps=20).render(64)
+    ground, middle = samples[:, :, :4, :4].mean((1, 2, 3)), samples[:, :, 20:44, 20:44].mean((1, 2, 3))
+    assert (ground > 0.9).float().mean() >= 0.75 and (middle < ground - 0.1).all()  # something stands on white
+    assert torch.cdist(samples.flatten(1), samples.flatten(1)).add(torch.eye(8) * 99).min() > 5  # and each is another
+
+    val = model.experiment.dataset(model.experiment.data.index(model.experiment.data.val))
+    signal = collate([val.signal(number)[0] for number in range(0, len(val), 4)])
+    assert psnr(model.encode(signal).render(64), (signal.inputs + 1) / 2).mean() > 24

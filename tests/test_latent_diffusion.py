@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from distributed_inr.domains import Signal
-from distributed_inr.models.denoisers import ResidualMLP, UNet
+from distributed_inr.models.denoisers import MLP, UNet
 from distributed_inr.models.latent_diffusion import LatentDiffusion, LatentDiffusionModel
 from distributed_inr.randomness import integers, normal, sample_seed
 
 SHAPE = (3, 4, 4)
 TINY = UNet(channels=16, multipliers=(1, 2), num_blocks=1, head_dim=8)
-DENOISERS = [TINY, ResidualMLP(width=32, num_blocks=2)]
+DENOISERS = [TINY, MLP(width=32, num_blocks=2)]
 SEEDS = torch.tensor([sample_seed(0, i) for i in range(6)])
 
 

@@ -111,7 +111,9 @@ def scenario(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
     results = {}
     for name, scale in ENGINES.items():
         whole = call_train(data, folder / name / "whole", scale)
-        stopped = call_train(data, folder / name / "parts", scale, stop=StopAfter(5))  # in the third step of two
+        stopped = call_train(
+            data, folder / name / "parts", scale, stop=StopAfter(5)
+        )  # at the first micro-batch of the third step
         if torch.distributed.get_rank() == 0:  # what a run killed after its last checkpoint would have left
             with (folder / name / "parts" / "metrics.jsonl").open("a") as file:
                 file.write('{"samples": 32, "train/total": 0.5}\n{"samples": 40, "train/to')

@@ -299,7 +299,13 @@ def test_latents_are_read_back() -> None:
     assert np.array_equal(signal.inputs.numpy(), latent.astype(np.float32))
 
 
-@pytest.mark.parametrize("kind", ["objects", "shape", "integers", "truncated", "empty", "lying header", "missing"])
+HEADERS = {"unclosed": b"(2, [4), }", "negative": b"(2, -1), }", "not a size": b"(2, x), }", "one axis": b"(8,), }"}
+"""Ends of a .npy header that numpy's own reader stumbles over, or accepts."""
+
+
+@pytest.mark.parametrize(
+    "kind", ["objects", "shape", "integers", "truncated", "empty", "lying header", "missing", *HEADERS]
+)
 def test_bad_latents_are_refused(tmp_path: Path, kind: str) -> None:
     class Evil:
         def __reduce__(self) -> tuple:
@@ -314,6 +320,10 @@ def test_bad_latents_are_refused(tmp_path: Path, kind: str) -> None:
         record = latent_record(np.zeros((2, 4), np.int64))
     elif kind == "missing":
         record = {"__key__": "a"}
+    elif kind in HEADERS:
+        content = good["latent.npy"]
+        record = good | {"latent.npy": content.replace(b"(2, 4), }", HEADERS[kind].ljust(9))}
+        assert record != good
     elif kind == "lying header":
         record = good | {"latent.npy": good["latent.npy"].replace(b"(2, 4), }      ", b"(2, 9999999), }")}
         assert record != good

@@ -17,6 +17,7 @@ ORDER = (
     "generation",
     "evaluation",
     "console",
+    "allocator",
     "launch",
     "run_folder",
     "latents",

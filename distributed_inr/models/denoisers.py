@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from distributed_inr.config import config
 from distributed_inr.models.torchvision_cpu import import_torchvision
 
-_TIME_WAVES, _TIME_DIM = 128, 128
-"""Sinusoids of the timestep, and numbers in its embedding."""
+_TIME_DIM = 128
+"""Sinusoids of the timestep in the MLP, and numbers in its embedding."""
 
 
 @config
@@ -46,11 +46,11 @@ class UNet:
 
 
 @config
-class ResidualMLP:
+class MLP:
     """A multilayer perceptron over the whole latent as one vector: for latents of some hundred numbers."""
 
     kind: Literal["mlp"] = "mlp"
-    width: Annotated[int, pydantic.Field(gt=0)] = 768
+    width: Annotated[int, pydantic.Field(gt=0)] = 544
     """Numbers in the hidden state."""
     num_blocks: Annotated[int, pydantic.Field(gt=0)] = 4
     """Residual blocks of two layers each."""
@@ -59,7 +59,7 @@ class ResidualMLP:
         return MLPDenoiser(self, latent_shape)
 
 
-AnyDenoiser = Annotated[UNet | ResidualMLP, pydantic.Field(discriminator="kind")]
+AnyDenoiser = Annotated[UNet | MLP, pydantic.Field(discriminator="kind")]
 
 
 class UNetDenoiser(nn.Module):
@@ -104,21 +104,24 @@ class UNetDenoiser(nn.Module):
 class MLPDenoiser(nn.Module):
     """Noisy latent and timestep to the prediction, of the latent's shape; the timestep modulates every block."""
 
-    def __init__(self, cfg: ResidualMLP, latent_shape: tuple[int, ...]) -> None:
+    def __init__(self, cfg: MLP, latent_shape: tuple[int, ...]) -> None:
         super().__init__()
         import_torchvision()
         from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
         size = math.prod(latent_shape)
-        self.wave = Timesteps(_TIME_WAVES, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time = TimestepEmbedding(_TIME_WAVES, _TIME_DIM)
+        self.wave = Timesteps(_TIME_DIM, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time = TimestepEmbedding(_TIME_DIM, _TIME_DIM)
         self.stem = nn.Linear(size, cfg.width)
         self.blocks = nn.ModuleList(MLPBlock(cfg.width) for _ in range(cfg.num_blocks))
         self.norm = nn.LayerNorm(cfg.width)
         self.out = nn.Linear(cfg.width, size)
-        nn.init.zeros_(self.out.weight)  # the first prediction is zero
+        for parameter in self.out.parameters():  # the first prediction is zero
+            nn.init.zeros_(parameter)
 
-    def forward(self, noisy: Float[Tensor, "batch *latent"], timesteps: Int64[Tensor, " batch"]) -> Tensor:
+    def forward(
+        self, noisy: Float[Tensor, "batch *latent"], timesteps: Int64[Tensor, " batch"]
+    ) -> Float[Tensor, "batch *latent"]:
         time = F.silu(self.time(self.wave(timesteps)))
         hidden = self.stem(noisy.flatten(1))
         for block in self.blocks:
@@ -135,10 +138,12 @@ class MLPBlock(nn.Module):
         self.modulation = nn.Linear(_TIME_DIM, 2 * width)
         self.first = nn.Linear(width, width)
         self.second = nn.Linear(width, width)
-        for layer in (self.modulation, self.second):  # the block starts as its shortcut
-            nn.init.zeros_(layer.weight)
+        for parameter in (*self.modulation.parameters(), *self.second.parameters()):
+            nn.init.zeros_(parameter)  # the block starts as its shortcut
 
-    def forward(self, x: Float[Tensor, "batch width"], time: Float[Tensor, "batch time"]) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch width"], time: Float[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch width"]:
         scale, shift = self.modulation(time).chunk(2, dim=-1)
         hidden = F.silu(self.norm(x) * (1 + scale) + shift)
         return x + self.second(F.silu(self.first(hidden)))

@@ -24,7 +24,6 @@ from distributed_inr.domains.domain import Signal
 from distributed_inr.training.fragments import BUCKET, Fragment, Read, is_first, load_state, sum_over_ranks, view
 
 logger = logging.getLogger(__name__)
-
 Metrics = dict[str, float]
 
 
@@ -109,8 +108,8 @@ class Engine(Protocol):
         """Add the gradient of a micro-batch's losses; after the last micro-batch of the step, update the weights.
 
         Returns None; or after an update the means over all ranks' samples, "train/<loss>" and "train/total",
-        "grad_norm", and how many ranks gave "stop". Raises FloatingPointError, on every rank and before the update, if
-        any of them is not finite.
+        "grad_norm", and how many ranks gave "stop" with their last micro-batch. Raises FloatingPointError, on every
+        rank and before the update, if any of them is not finite.
         """
         ...
 
@@ -143,8 +142,9 @@ def build_engine(
     if scale.compile and _has_compiler():
         module.compile()
     kind = DeepSpeedEngine if scale.engine == "deepspeed" else AccelerateEngine
-    sizes = {"micro_batch_size": micro_batch_size, "num_micro_batches": num_micro_batches}
-    return kind(module, scale=scale, optim=optim, **sizes)
+    return kind(
+        module, scale=scale, optim=optim, micro_batch_size=micro_batch_size, num_micro_batches=num_micro_batches
+    )
 
 
 class DeepSpeedEngine:
@@ -165,8 +165,7 @@ class DeepSpeedEngine:
 
         self._module, self._stage, self._num_micro_batches = module, scale.zero_stage, num_micro_batches
         self._pending: list[tuple[dict[str, Tensor], Sequence[str]]] = []
-        self.steps = 0
-        self._max_grad_norm = optim.max_grad_norm
+        self.steps, self._max_grad_norm = 0, optim.max_grad_norm
         bucket = min(BUCKET, 2 * sum(p.numel() for p in module.parameters()))  # even, as it demands
         zero: dict[str, Any] = {"stage": self._stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         if self._stage in (1, 2):
@@ -286,8 +285,7 @@ class AccelerateEngine:
         self._adamw = _adamw(module, optim)
         self._wrapped = self._accelerator.prepare_model(_Autocast(module, scale))
         self.device = self._accelerator.device
-        named = module.named_parameters()
-        self._fragments = [view(name, p.shape, p, self._adamw, length=p.numel()) for name, p in named]
+        self._fragments = [view(n, p.shape, p, self._adamw, length=p.numel()) for n, p in module.named_parameters()]
 
     def forward(self, batch: Signal) -> dict[str, Tensor]:
         last = len(self._pending) + 1 == self._num_micro_batches
@@ -360,12 +358,11 @@ def _clip(gradients: list[Tensor], norm: float, max_norm: float | None) -> None:
 
 def _agree(
     pending: Sequence[tuple[dict[str, Tensor], Sequence[str]]], squared_norm: Tensor, steps: int, stop: bool
-) -> dict[str, float]:
+) -> Metrics:
     """Means of a step's losses over all ranks, the gradient's norm and who wants to stop; all ranks get the same."""
     names, world = list(pending[0][0]), dist.get_world_size() if dist.is_initialized() else 1
     means = [torch.stack([losses[name] for losses, _ in pending]).double().mean() for name in names]
-    own = torch.stack([*means, squared_norm, squared_norm.new_full((), stop)])
-    *values, squared, wishes = sum_over_ranks(own).tolist()
+    *values, squared, wishes = sum_over_ranks(torch.stack([*means, squared_norm, means[0].new_tensor(stop)])).tolist()
     metrics = {f"train/{name}": value / world for name, value in zip(names, values, strict=True)}
     metrics["train/total"] = sum(metrics.values())
     metrics["grad_norm"] = math.sqrt(squared) if squared >= 0 else squared

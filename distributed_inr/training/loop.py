@@ -91,7 +91,8 @@ def train(
         num_loaders: loader processes of each worker; 0 reads in the worker itself.
         report: called on every rank after each checkpoint with the newest metrics and "checkpoint", its path.
         progress: called on the first rank with (samples done, of how many, {"loss", "samples/s"}), seldom.
-        stop: asked on every rank in each step; True on any makes all finish it, write a checkpoint and return.
+        stop: asked on every rank at each micro-batch, until it says True; on any rank that makes all finish the step,
+            write a checkpoint and return.
 
     Returns:
         Whether the run is complete; False if `stop` ended it early.
