@@ -30,12 +30,19 @@ class Field:
         coords: Float[Tensor, "batch points coord_dim"],
         view: Float[Tensor, "batch points view_dim"] | None = None,
     ) -> Float[Tensor, "batch points value_dim"]:
-        """Values at coordinates; `view` is what the measurement knows beside the place (pixel pitch, direction).
+        """Values at coordinates (x, y, ...); `view` is what the measurement knows beside the place (scale, direction).
 
-        None stands for zeros: for images, pixels of the base resolution.
+        None stands for zeros: for images, pixels of the base resolution. Raises ValueError where the shapes do not fit.
         """
         if view is None and self.domain.view_dim:
             view = coords.new_zeros(*coords.shape[:2], self.domain.view_dim)
+        for name, given, dim in (("coords", coords, self.domain.coord_dim), ("view", view, self.domain.view_dim)):
+            shape = [len(self), coords.shape[1] if coords.dim() == 3 else "points", dim]
+            if given is not None and list(given.shape) != shape:
+                raise ValueError(
+                    f"{name} of shape {list(given.shape)} must be [{', '.join(map(str, shape))}]: functions, points and "
+                    "numbers of each; reshape or expand it"
+                )
         return self.function(self.parameters, coords, view)
 
     def __getitem__(self, index: int | slice | Tensor) -> Field:

@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from distributed_inr.config import from_json, override, to_json
@@ -255,7 +256,7 @@ def export(run: str | Path, out: Path) -> None:
         weights = {key: (t.half() if t.is_floating_point() else t).contiguous() for key, t in state.items()}
         if not all(t.isfinite().all() for t in weights.values()):
             raise ValueError(f"{model.folder}/{name}: weights beyond 65504 do not fit float16; share the run as it is")
-        save_file(weights, make_folder(out / name) / "model.safetensors")
+        (make_folder(out / name) / "model.safetensors").write_bytes(serialise(weights))  # with the user's own mode
     (out / "config.json").write_text(to_json(override(model.experiment, {"output": DEFAULT_OUTPUT})) + "\n")
     for path in [*model.folder.glob("*.png"), *model.folder.glob("report.md"), *model.folder.glob("evaluation.json")]:
         shutil.copyfile(path, out / path.name)

@@ -42,6 +42,29 @@ def test_samples_are_functions_of_seed_and_number_alone(run: Path):
     assert len(torch.unique(latents.flatten(1), dim=0)) == 5
 
 
+def test_coordinates_of_other_shapes_are_one_clear_line(run: Path):
+    """In a process of its own: here, types are checked before the function is called."""
+    program = f"""
+import torch
+import distributed_inr as dinr
+fields = dinr.load({str(run)!r}).sample(2, steps=2)
+coords, view = torch.zeros(2, 5, 2), torch.zeros(2, 5, 1)
+assert torch.equal(fields(coords), fields(coords, view))
+for given in ([coords[0]], [coords[:1]], [coords[..., :1]], [coords[..., None]], [coords, view[..., 0]]):
+    try:
+        fields(*given)
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)
+    wrong = ["coords of shape [5, 2]", "coords of shape [1, 5, 2]", "coords of shape [2, 5, 1]"]
+    wrong += ["coords of shape [2, 5, 2, 1]", "view of shape [2, 5]"]
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(wrong), done.stderr
+    assert all(line.startswith(start) for line, start in zip(lines, wrong, strict=True))
+    assert "must be [2, points, 2]: functions" in lines[0] and "must be [2, 5, 1]: functions" in lines[-1]
+
+
 def test_an_exported_run_draws_the_same_functions_from_half_the_bytes(run: Path, tmp_path: Path):
     (run / "samples-16.png").write_bytes(b"a picture")
     out = tmp_path / "shared" / "tiny"

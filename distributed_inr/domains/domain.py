@@ -77,7 +77,8 @@ class Queries:
 
     Attributes:
         coords: places in [-1, 1]^coord_dim.
-        view: what the measurement knows beside the place: pixel pitch for images, ray direction for scenes.
+        view: what the measurement knows beside the place: for images log2 of the resolution over the base's, for scenes
+            the ray's direction.
     """
 
     coords: Float[Tensor, "batch points coord_dim"]

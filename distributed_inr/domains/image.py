@@ -165,7 +165,7 @@ class Image(Domain):
         to_pillow(rendered).save(path)
 
     def _view(self, resolution: Tensor, points: int) -> Float[Tensor, "batch points 1"]:
-        """log2 of the pixel pitch relative to the base's, held at the finest one trained on."""
+        """log2 of the resolution over the base's, held at the finest one trained on."""
         finest = max(self.resolutions)
         scale = (resolution.clamp(max=finest) / self.size).log2()
         return scale[:, None, None].expand(-1, points, 1)
