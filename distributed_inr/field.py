@@ -40,8 +40,8 @@ class Field:
             shape = [len(self), coords.shape[1] if coords.dim() == 3 else "points", dim]
             if given is not None and list(given.shape) != shape:
                 raise ValueError(
-                    f"{name} of shape {list(given.shape)} must be [{', '.join(map(str, shape))}]: functions, points and "
-                    "numbers of each; reshape or expand it"
+                    f"{name} of shape {list(given.shape)} must be [{', '.join(map(str, shape))}]: functions, points, "
+                    "and the numbers of each; reshape or expand it"
                 )
         return self.function(self.parameters, coords, view)
 
