@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import threading
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -363,6 +364,22 @@ def test_a_set_is_written_to_an_object_store_and_goes_on_there(cache: Cache) -> 
         assert store.exists("/bucket/out/index.json") == (stop is None)
     assert [r["bin"][0] for r in records(load_index("memory://bucket/out", cache=cache), cache)] == list(range(10))
     store.rm("/bucket", recursive=True)
+
+
+def test_a_file_that_another_writer_renames_meanwhile_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.tar").write_bytes(b"1")
+    (tmp_path / ".b.part").write_bytes(b"22")
+    scandir = os.scandir
+
+    @contextmanager
+    def scan_and_rename(folder: str):
+        with scandir(folder) as entries:
+            found = list(entries)
+        (tmp_path / ".b.part").rename(tmp_path / "b.tar")
+        yield found
+
+    monkeypatch.setattr(os, "scandir", scan_and_rename)
+    assert storage.list_files(str(tmp_path)) == {"a.tar": 1}
 
 
 def test_several_writers_make_one_set(tmp_path: Path, cache: Cache) -> None:

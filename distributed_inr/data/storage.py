@@ -1,5 +1,6 @@
 """Where shards lie: local paths, and object stores and web servers through fsspec."""
 
+import contextlib
 import errno
 import glob
 import hashlib
@@ -76,8 +77,13 @@ def list_files(folder: str) -> dict[str, int]:
     if is_local(folder):
         if not os.path.isdir(folder):
             return {}
+        sizes = {}
         with os.scandir(folder) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # another writer has just renamed it
+                    if entry.is_file():
+                        sizes[entry.name] = entry.stat().st_size
+        return sizes
     filesystem, path = _filesystem(folder)
     try:
         entries = filesystem.ls(path, detail=True)
