@@ -74,7 +74,7 @@ def furniture_image_long() -> Experiment:
 
     python jobs/train_ddmi.py furniture-image-long
 
-    Ours: 25.75 dB on held-out views at 64 pixels, KID 0.68, one CPU core, about 100 minutes, 761a953; its samples are
+    Ours: 25.75 dB on held-out views at 64 pixels, KID 0.68, one CPU core, about 100 minutes, 57dfe54; its samples are
     close to training views. Bundled as examples/runs/furniture-image-long.
     """
     quick = furniture_image()
