@@ -32,7 +32,8 @@ FORMAT_VERSION = 1
 
 # Local sets up to this size are hashed when a run starts; larger ones are checked by size, and by crc32 as read.
 _HASH_AT_START_BYTES = 256 * 2**20
-_MAX_SAMPLE_BYTES = 2**30
+_MAX_SAMPLE_BYTES = 128 * 2**20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +140,10 @@ class OpenShard:
         """The sample's members, each checked by crc32."""
         side = self.side
         record: Record = {"__key__": side.key(sample)}
-        for offset, size, crc32, suffix in side.members[side.first[sample] : side.first[sample + 1]].tolist():
-            if size > _MAX_SAMPLE_BYTES:
-                raise ValueError(
-                    f"{record['__key__']}: {size} bytes, more than a sample may have ({_MAX_SAMPLE_BYTES})"
-                )
+        members = side.members[side.first[sample] : side.first[sample + 1]].tolist()
+        if (total := sum(size for _, size, _, _ in members)) > _MAX_SAMPLE_BYTES:
+            raise ValueError(f"{record['__key__']}: {total} bytes, more than a sample may have ({_MAX_SAMPLE_BYTES})")
+        for offset, size, crc32, suffix in members:
             content = os.pread(self._descriptor, size, offset)
             if zlib.crc32(content) != crc32:
                 raise ShardDamaged(
@@ -206,17 +206,13 @@ def read_index(folder: str) -> ShardIndex | None:
         tree = json.loads(content)
         if tree["version"] != FORMAT_VERSION:
             raise ValueError(f"version {tree['version']}, this program reads {FORMAT_VERSION}")
-        for item in tree["shards"]:
-            if (
-                "/" in item["name"]
-                or storage.split(item["name"])[1] in ("", "..")
-                or not storage.is_local(item["name"])
-            ):
-                raise ValueError(f"shard name {item['name']!r} is not a plain file name")
-        shards = tuple(Shard(s["name"], s["samples"], s["bytes"], s["sha256"], folder) for s in tree["shards"])
-    except (ValueError, KeyError, TypeError) as error:
+        shards = tuple(_listed_shard(item, folder) for item in tree["shards"])
+        domain, protocol = tree.get("domain"), tree.get("protocol", {})
+        if not isinstance(domain, str | None) or not isinstance(protocol, dict):
+            raise ValueError(f"domain {domain!r} must be a name, and protocol an object")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{url} cannot be read: {error}; prepare the set again") from None
-    index = ShardIndex(shards, domain=tree.get("domain"), protocol=tree.get("protocol", {}))
+    index = ShardIndex(shards, domain=domain, protocol=protocol)
     if index.fingerprint != tree.get("fingerprint"):
         raise ValueError(
             f"{url} was edited or cut short: its fingerprint does not fit its shards; prepare the set again"
@@ -224,6 +220,18 @@ def read_index(folder: str) -> ShardIndex | None:
     if index.num_samples == 0:
         raise ValueError(f"{folder} holds no samples; prepare the set again")
     return index
+
+
+def _listed_shard(item: Mapping[str, Any], folder: str) -> Shard:
+    """A shard as `index.json` lists it. Others may have written that: names and sums become names of local files."""
+    name, samples, size, sha256 = (item[field] for field in ("name", "samples", "bytes", "sha256"))
+    if "/" in name or storage.split(name)[1] in ("", "..") or not storage.is_local(name):
+        raise ValueError(f"shard name {name!r} is not a plain file name")
+    if not _SHA256.fullmatch(sha256):
+        raise ValueError(f"shard {name} has sha256 {sha256!r}, not 64 hexadecimal digits")
+    if type(samples) is not int or type(size) is not int or not 0 < 512 * samples <= size:
+        raise ValueError(f"shard {name} has {samples!r} samples in {size!r} bytes; each takes 512 bytes or more")
+    return Shard(name, samples, size, sha256, folder)
 
 
 class ShardWriter:

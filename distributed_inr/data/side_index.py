@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import io
 import json
 import logging
 import os
@@ -24,6 +25,10 @@ MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _MAGIC = b"DINRIDX1"
 _HEADER = struct.Struct("<8s32sQQQQI")  # magic, sha256 and bytes of the tar, samples, members, bytes of names, crc32
 _MEMBER = np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u4"), ("suffix", "<u4")])
+_MAX_HEADER = 16 * 2**10  # bytes of a tar's extended headers; the names that file systems can hold have at most 4096
+_MAX_NAME = 4096
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
+_CHUNK = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,9 @@ class SideIndex:
                         f"shard {path}: two members {name!r}; a sample's suffixes must differ, pack it again"
                     )
                 seen.add(suffix)
-                crc32 = zlib.crc32(os.pread(file.fileno(), length, offset))
+                crc32 = 0
+                for start in range(offset, offset + length, _CHUNK):
+                    crc32 = zlib.crc32(os.pread(file.fileno(), min(_CHUNK, offset + length - start), start), crc32)
                 members.append((offset, length, crc32, suffixes.setdefault(suffix, len(suffixes))))
         first.append(len(members))
         for reason, count in ignored.items():
@@ -117,34 +124,52 @@ class SideIndex:
         ends = np.cumsum(lengths)
         names = bytes(body[ends[2] :])
         suffixes, _, keys = names.partition(b"\0")
-        return SideIndex(
-            sha256=sha256.hex(),
-            num_bytes=size,
-            first=np.frombuffer(body[: ends[0]], dtype="<u4"),
-            members=np.frombuffer(body[ends[0] : ends[1]], dtype=_MEMBER),
-            key_ends=np.frombuffer(body[ends[1] : ends[2]], dtype="<u4"),
-            keys=keys,
-            suffixes=tuple(json.loads(suffixes)),
+        try:
+            side = SideIndex(
+                sha256=sha256.hex(),
+                num_bytes=size,
+                first=np.frombuffer(body[: ends[0]], dtype="<u4"),
+                members=np.frombuffer(body[ends[0] : ends[1]], dtype=_MEMBER),
+                key_ends=np.frombuffer(body[ends[1] : ends[2]], dtype="<u4"),
+                keys=keys,
+                suffixes=tuple(json.loads(suffixes)),
+            )
+            keys.decode()
+        except (ValueError, TypeError, RecursionError):
+            return None
+        return side if side._is_sound() else None
+
+    def _is_sound(self) -> bool:
+        """Whether its numbers fit each other: anybody can write a crc32 that fits."""
+        return (
+            all(isinstance(suffix, str) and not suffix.startswith("__") for suffix in self.suffixes)
+            and all(self.members["suffix"] < len(self.suffixes))
+            and self.first[0] == 0
+            and self.first[-1] == len(self.members)
+            and bool((self.first[1:] >= self.first[:-1]).all())
+            and bool((np.diff(self.key_ends, prepend=0, append=len(self.keys)) >= 0).all())
         )
 
 
 def _members(path: Path, size: int, ignored: collections.Counter[str]) -> Iterator[tuple[str, int, int]]:
     """Name, offset and length of the regular members of a tar, in order; nothing is unpacked."""
-    end = 0
+    end, last = 0, -1
     try:
-        with tarfile.open(path, mode="r:") as tar:
+        with _Headers(open(path, "rb", buffering=0)) as headers, tarfile.open(fileobj=headers, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-                if member.offset_data + member.size > size:
+                if member.size < 0 or member.offset <= last or member.offset_data + member.size > size:
                     break
-                end = member.offset_data + -(-member.size // 512) * 512
+                end, last = member.offset_data + -(-member.size // 512) * 512, member.offset
                 if not member.isreg() or member.issparse():
                     ignored["not a regular file"] += 1
                 elif member.name.startswith("/") or ".." in member.name.split("/"):
                     ignored["name that points outside"] += 1
+                elif len(member.name) > _MAX_NAME or _UNPRINTABLE.search(member.name):
+                    ignored["name with control characters, not in UTF-8, or too long"] += 1
                 elif not re.match(r"__[^/]*__($|/)", member.name):
                     yield member.name, member.offset_data, member.size
-    except tarfile.ReadError as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # tarfile parses numbers that others wrote
         if end == 0:
             raise ValueError(f"{path} is not an uncompressed tar ({error}); decompress it or pack it again") from None
     with open(path, "rb") as file:
@@ -153,3 +178,12 @@ def _members(path: Path, size: int, ignored: collections.Counter[str]) -> Iterat
             logger.warning(
                 "shard %s is cut short or damaged after byte %d; the samples before that are used", path, end
             )
+
+
+class _Headers(io.BufferedReader):
+    """What tarfile reads of a tar: headers only. It would take any length that they claim, and compute for minutes."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"an extended header of {size} bytes")
+        return super().read(size)
