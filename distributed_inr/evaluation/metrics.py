@@ -4,6 +4,7 @@ Pictures are float32 [batch, 3, height, width] in [0, 1] everywhere.
 """
 
 import hashlib
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from distributed_inr.models.perceptual import read_tensors
 from distributed_inr.models.torchvision_cpu import import_torchvision
 
 Pictures = Float[Tensor, "batch 3 height width"]
@@ -102,10 +104,12 @@ class Inception(nn.Module):
         setting = f"evaluation.inception_weights={str(path)!r}"
         if not path.is_file():
             raise ValueError(f"{setting} is not a file; give that of torch-fidelity's weights-inception-2015-12-05")
-        try:  # torch-fidelity unpickles whatever the file holds: only tensors may pass
-            torch.load(path, map_location="cpu", weights_only=True)
-            self.network = FeatureExtractorInceptionV3("inception", [str(INCEPTION_FEATURES)], str(path))
-        except Exception as error:  # damaged files raise nearly anything
+        file = io.BytesIO()
+        torch.save(read_tensors(path), file)  # torch-fidelity unpickles whatever it is given: it gets our copy
+        file.seek(0)
+        try:
+            self.network = FeatureExtractorInceptionV3("inception", [str(INCEPTION_FEATURES)], file)
+        except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{setting} is not a file of torch-fidelity's Inception weights: {reason}") from None
         with path.open("rb") as file:

@@ -36,7 +36,7 @@ def _network(network: Network, weights: str, device: torch.device) -> nn.Module:
             "(autoencoder.perceptual_network), such as vgg16-397923af.pth"
         )
     model = _NoTrainLpips(net=network, pnet_rand=True)
-    trained = torch.load(weights, map_location="cpu", weights_only=True)
+    trained = read_tensors(Path(weights))
     features: Any = model.net
     slices = features.slices if network == "squeeze" else [getattr(features, f"slice{i}") for i in range(1, 6)]
     try:
@@ -49,3 +49,16 @@ def _network(network: Network, weights: str, device: torch.device) -> nn.Module:
             "give torchvision's checkpoint of that network"
         ) from None
     return model.to(device).requires_grad_(False)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A published torch checkpoint. It is a pickle: whatever it holds beside tensors is refused and never run."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise nearly anything; torch's own remedy is to run the file
+        found = error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(
+            f"{path} is not a torch checkpoint of tensors alone; it was not run: download it again from its publisher"
+        )
+    return found
