@@ -15,8 +15,9 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="run folder, such as runs/ddmi/furniture-image")
     parser.add_argument("--out", type=Path, help="folder to write to (default: RUN)")
+    parser.add_argument("--allow-pipe", action="store_true", help="run the commands in the run's pipe: data addresses")
     given = parser.parse_args()
-    evaluate(given.run, out=given.out)
+    evaluate(given.run, out=given.out, allow_pipe=given.allow_pipe)
     print(Path(given.out or given.run) / "report.md")
 
 

@@ -35,15 +35,23 @@ SHOWN = 8
 
 
 @torch.no_grad()
-def evaluate(run: str | Path, *, out: Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+def evaluate(
+    run: str | Path, *, out: Path | None = None, allow_pipe: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
     """Measure a run and write evaluation.json, four pictures and report.md; returns what evaluation.json holds.
 
     Args:
         run: a run folder.
         out: where to write; None is the run folder.
+        allow_pipe: read data from `pipe:` addresses, which run a shell command; the run's own config.json is not asked.
     """
     begin = time.monotonic()
     model = load(run)
+    if model.experiment.data.allow_pipe and not allow_pipe:
+        raise ValueError(
+            f"{model.folder}/config.json has data.allow_pipe=true: evaluating it could run the commands in its "
+            f"data.train={model.experiment.data.train!r}; give --allow-pipe if you trust it"
+        )
     experiment, folder = model.experiment, make_folder(out or model.folder)
     training = Split(model, experiment.data.train)
     held_out = None if experiment.data.val is None else Split(model, experiment.data.val)
