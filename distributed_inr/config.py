@@ -11,6 +11,7 @@ import difflib
 import functools
 import json
 import logging
+import reprlib
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ def from_json(cls: type[C], text: str) -> C:
     """Rebuild a config from JSON. Raises ValueError with the path, the value and the rule."""
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}; expected the contents of a run's config.json") from None
     return _validate(cls, values)
 
@@ -173,13 +174,13 @@ def _validate(cls: type[C], values: Any) -> C:
         first = error.errors()[0]
         # The location also names the union variants that were tried: keep field names, drop class names and tags.
         parts = [str(part) for part in first["loc"]]
-        path = ".".join(_keep_fields(values, parts))
+        path = ".".join(_keep_fields(values, parts)).encode("unicode_escape").decode() or "the config"
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "unexpected_keyword_argument":
             raise ValueError(f"{path} is not a field; remove it or check the spelling against --help") from None
         if first["type"] == "value_error":  # a cross-field rule: it already names its paths, values and remedy
             raise ValueError(message) from None
-        raise ValueError(f"{path}={first['input']!r}: {message}; see --help for what it accepts") from None
+        raise ValueError(f"{path}={reprlib.repr(first['input'])}: {message}; see --help for what it accepts") from None
 
 
 def _keep_fields(values: Any, parts: list[str]) -> Iterator[str]:
