@@ -19,7 +19,7 @@ from distributed_inr.data import pictures, storage
 from distributed_inr.data.cache import Cache
 from distributed_inr.data.layouts import LAYOUTS, Part, Picture, select
 from distributed_inr.data.shards import OpenShard, ShardIndex, ShardWriter, load_index, read_index
-from distributed_inr.domains.domain import Record
+from distributed_inr.domains.domain import Record, caption
 
 logger = logging.getLogger(__name__)
 
@@ -138,9 +138,11 @@ def describe(url: str, *, cache: Cache | None = None, max_samples: int = 10_000)
     suffixes: collections.Counter[str] = collections.Counter()
     for record in _records(index, cache, max_samples):
         suffixes.update(name for name in record if name != "__key__")
-        texts[record.get("txt", b"").decode()] += 1
-        about = json.loads(record["json"]) if "json" in record else {}
-        classes[str(about.get("class") or "none")] += 1
+        try:
+            texts[caption(record)] += 1
+        except ValueError:
+            texts["(unreadable)"] += 1
+        classes[_class_of(record)] += 1
     return {
         "samples": index.num_samples,
         "shards": len(index.shards),
@@ -153,6 +155,13 @@ def describe(url: str, *, cache: Cache | None = None, max_samples: int = 10_000)
         "captions": len(texts),
         "most frequent captions": dict(texts.most_common(10)),
     }
+
+
+def _class_of(record: Record) -> str:
+    try:
+        return str(json.loads(record.get("json", b"{}")).get("class") or "none")
+    except (ValueError, AttributeError, RecursionError):
+        return "(unreadable)"
 
 
 def _write_part(

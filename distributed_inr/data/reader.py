@@ -21,7 +21,7 @@ from distributed_inr.config import config
 from distributed_inr.data.cache import CACHE_FOLDER, CACHE_GIB, Cache
 from distributed_inr.data.order import Order
 from distributed_inr.data.shards import OpenShard, Shard, ShardDamaged, ShardIndex, load_index
-from distributed_inr.domains.domain import Record, Signal, collate
+from distributed_inr.domains.domain import Record, Signal, caption, collate
 from distributed_inr.randomness import sample_seed
 
 logger = logging.getLogger(__name__)
@@ -248,7 +248,7 @@ def read_latent(record: Record, seed: int) -> Signal:
         seed=torch.tensor(seed),
         position=torch.tensor(0),
         inputs=torch.from_numpy(latent.astype(np.float32)),
-        text=record["txt"].decode() if "txt" in record else "",
+        text=caption(record),
     )
 
 

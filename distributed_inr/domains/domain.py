@@ -19,6 +19,8 @@ from distributed_inr.field import Field
 Record = dict[str, Any]
 """One sample of a shard: member suffix -> bytes, and "__key__" -> str."""
 
+MAX_CAPTION_BYTES = 2**20
+
 
 @dataclass(frozen=True)
 class Signal:
@@ -57,6 +59,17 @@ class Signal:
         """A slice of a batch."""
         part = self.map(lambda tensor: tensor[index])
         return dataclasses.replace(part, key=self.key[index], text=self.text[index])
+
+
+def caption(record: Record) -> str:
+    """The text of a shard record, empty where there is none. Raises ValueError when it cannot be one."""
+    content = record.get("txt", b"")
+    if len(content) > MAX_CAPTION_BYTES:
+        raise ValueError(f"{record['__key__']}.txt: {len(content)} bytes, more than a caption may have")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{record['__key__']}.txt: cannot be decoded: {error}") from None
 
 
 def collate(signals: Sequence[Signal]) -> Signal:

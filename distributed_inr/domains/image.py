@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distributed_inr import randomness
 from distributed_inr.config import config
-from distributed_inr.domains.domain import Domain, Queries, Record, Signal, pixel_centres
+from distributed_inr.domains.domain import Domain, Queries, Record, Signal, caption, pixel_centres
 from distributed_inr.field import Field
 
 MAX_PIXELS = 89_478_485
@@ -72,20 +72,14 @@ class Image(Domain):
         return tuple(round(self.size * s) for s in self.scales if round(self.size * s) <= self.source_size)
 
     def read(self, record: Record, seed: int) -> Signal:
-        pixels = decode_image(record, self.max_pixels)
-        if pixels.shape[-2:] != (self.source_size, self.source_size):
-            raise ValueError(
-                f"{record['__key__']}: picture of {pixels.shape[-1]} x {pixels.shape[-2]} pixels, "
-                f"domain.source_size={self.source_size}; prepare the data at that size or change the option"
-            )
-        text = record["txt"].decode("utf-8") if "txt" in record else ""
+        pixels = decode_image(record, size=self.source_size, max_pixels=self.max_pixels)
         return Signal(
             key=record["__key__"],
             seed=torch.tensor(seed),
             position=torch.tensor(0),
             inputs=downscale(pixels[None], self.size)[0],
             targets=pixels,
-            text=text,
+            text=caption(record),
         )
 
     def signal(self, pixels: UInt8[Tensor, "3 height width"], key: str = "") -> Signal:
@@ -171,8 +165,11 @@ class Image(Domain):
         return scale[:, None, None].expand(-1, points, 1)
 
 
-def decode_image(record: Record, max_pixels: int) -> UInt8[Tensor, "3 height width"]:
-    """The picture of a record as 8-bit RGB. Raises ValueError naming the key when it cannot be decoded."""
+def decode_image(record: Record, *, size: int, max_pixels: int) -> UInt8[Tensor, "3 size size"]:
+    """The picture of a record as 8-bit RGB. Raises ValueError naming the key when it cannot be decoded.
+
+    What the file claims to hold is checked before anything of it is decoded.
+    """
     suffix = next((s for s in _FORMATS if s in record), None)
     if suffix is None:
         raise ValueError(f"{record['__key__']}: no picture; expected one of {', '.join(_FORMATS)} in the shard")
@@ -180,9 +177,14 @@ def decode_image(record: Record, max_pixels: int) -> UInt8[Tensor, "3 height wid
         with PillowImage.open(io.BytesIO(record[suffix]), formats=(_FORMATS[suffix],)) as picture:
             if picture.width * picture.height > max_pixels:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, above domain.max_pixels={max_pixels}")
+            if picture.size != (size, size):
+                raise ValueError(
+                    f"{picture.width} x {picture.height} pixels, domain.source_size={size}; prepare the data at that "
+                    "size or change the option"
+                )
             pixels = np.array(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, PillowImage.DecompressionBombError) as error:
-        raise ValueError(f"{record['__key__']}.{suffix}: cannot be decoded: {error}") from None
+        raise ValueError(f"{record['__key__']}.{suffix}: cannot be used: {error}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
