@@ -98,9 +98,8 @@ class Cache:
 
     def _evict(self, keep: Path) -> None:
         with self._lock("evict"):
-            files = sorted(
-                ((s.st_mtime, s.st_size, p) for p, s in _stats(self.folder.glob("*.tar"))), key=lambda f: f[0]
-            )
+            own = self.folder.glob("[0-9a-f]" * 64 + ".tar")  # others' files may lie there too
+            files = sorted(((s.st_mtime, s.st_size, p) for p, s in _stats(own)), key=lambda f: f[0])
             total = sum(size for _, size, _ in files)
             for _, size, path in files:
                 if total <= self.max_bytes:

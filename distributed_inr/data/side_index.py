@@ -71,7 +71,7 @@ class SideIndex:
             size = file.tell()
             for name, offset, length in _members(path, size, ignored):
                 match = MEMBER_NAME.match(name)
-                if match is None:
+                if match is None or match.group(2).lower() == "__key__":
                     ignored["name without a suffix"] += 1
                     continue
                 key, suffix = match.group(1), match.group(2).lower()
@@ -142,8 +142,8 @@ class SideIndex:
     def _is_sound(self) -> bool:
         """Whether its numbers fit each other: anybody can write a crc32 that fits."""
         return (
-            all(isinstance(suffix, str) and not suffix.startswith("__") for suffix in self.suffixes)
-            and all(self.members["suffix"] < len(self.suffixes))
+            all(isinstance(suffix, str) and suffix != "__key__" for suffix in self.suffixes)
+            and bool((self.members["suffix"] < len(self.suffixes)).all())
             and self.first[0] == 0
             and self.first[-1] == len(self.members)
             and bool((self.first[1:] >= self.first[:-1]).all())
