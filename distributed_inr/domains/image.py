@@ -184,7 +184,7 @@ def decode_image(record: Record, *, size: int, max_pixels: int) -> UInt8[Tensor,
                 )
             pixels = np.array(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, PillowImage.DecompressionBombError) as error:
-        raise ValueError(f"{record['__key__']}.{suffix}: cannot be used: {error}") from None
+        raise ValueError(f"{record['__key__']}.{suffix}: cannot be decoded: {error}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
