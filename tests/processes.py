@@ -1,10 +1,11 @@
 """Real worker processes for tests: gloo on the CPU, one thread each, results through files."""
 
+import math
 import os
 import socket
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
+
+from distributed_inr.training.fragments import Fragment, gather_objects
 
 
 def run_processes(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
@@ -42,3 +46,12 @@ def _work(rank: int, world: int, port: int, folder: str, function: Callable[...,
     torch.save(function(*args), Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def whole(fragments: Sequence[Fragment]) -> dict[str, Tensor]:
+    """Whole parameters by name, put together from the fragments of all ranks."""
+    found = {f.name: torch.full((math.prod(f.shape),), math.nan, dtype=f.weight.dtype) for f in fragments}
+    for parts in gather_objects([(f.name, f.offset, f.weight) for f in fragments]):
+        for name, offset, weight in parts:
+            found[name][offset : offset + weight.numel()] = weight
+    return {f.name: found[f.name].view(f.shape) for f in fragments}

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_processes
+from processes import run_processes, whole
 from torch import Tensor, nn
 
 from distributed_inr import randomness
 from distributed_inr.domains.domain import Signal, collate
 from distributed_inr.training.engine import Optim, Scale, build_engine
-from distributed_inr.training.fragments import average, gather
+from distributed_inr.training.fragments import average
 
 ENGINES = {f"deepspeed-{stage}": Scale(engine="deepspeed", zero_stage=stage) for stage in (0, 1, 2, 3)} | {
     "accelerate": Scale(engine="accelerate")
@@ -107,12 +107,12 @@ def rate(step: int) -> float:
     return 0.01 * (1 - step / 10)
 
 
-def plain_loop(max_norm: float | None) -> list[dict[str, float]]:
+def plain_loop(max_norm: float | None, steps: int = STEPS) -> list[dict[str, float]]:
     """The reference: one process, the whole batch at once, nothing of ours but the module."""
     module = make_module()
     adamw = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], weight_decay=0.1)
     history = []
-    for step in range(STEPS):
+    for step in range(steps):
         losses = module(make_batch(range(step * BATCH, (step + 1) * BATCH)))
         total = losses["error"] + losses["size"]
         adamw.zero_grad()
@@ -123,7 +123,7 @@ def plain_loop(max_norm: float | None) -> list[dict[str, float]]:
         adamw.step()
         history.append(
             {"train/error": losses["error"].item(), "train/size": losses["size"].item()}
-            | {"train/total": total.item(), "grad_norm": norm.item(), "stop": 0.0}
+            | {"train/total": total.item(), "grad_norm": norm.item()}
         )
     return history
 
@@ -135,6 +135,7 @@ class Outcome:
     history: list[dict[str, float]]
     error: str
     same_after_error: bool
+    next_step: dict[str, float]
     gradient_error: str
     average_equal: bool
 
@@ -145,24 +146,25 @@ def try_engines(max_norm: float | None, names: list[str]) -> dict[str, Outcome]:
         engine = start_engine(ENGINES[name], Optim(weight_decay=0.1, max_grad_norm=max_norm))
         fragments = engine.state()
         averages = [replace(f, weight=f.weight.clone(), moments={}) for f in fragments]
-        expected = gather(averages)
+        expected = whole(averages)
         history = []
         for step in range(STEPS):
             history.append(take_step(engine, step * BATCH, lr=rate(step)))
             average(averages, fragments, 0.9)
-            whole = gather(fragments)
-            expected = {key: torch.lerp(value, whole[key], 1 - 0.9) for key, value in expected.items()}
-        kept = gather(averages)
+            now = whole(fragments)
+            expected = {key: torch.lerp(value, now[key], 1 - 0.9) for key, value in expected.items()}
+        kept = whole(averages)
         average_equal = all(torch.equal(kept[key], value) for key, value in expected.items())
 
-        before = gather(engine.state())
+        before = whole(engine.state())
         try:  # the last sample of the batch: only the last rank has it
             take_step(engine, STEPS * BATCH, lr=0.1, spoil=(STEPS + 1) * BATCH - 1)
             error = ""
         except FloatingPointError as problem:
             error = str(problem)
-        after = gather(engine.state())
+        after = whole(engine.state())
         same = all(torch.equal(after[key], value) for key, value in before.items())
+        next_step = take_step(engine, STEPS * BATCH, lr=0.1)
 
         engine = start_engine(ENGINES[name], Optim(), module=FiniteLoss())
         try:
@@ -170,7 +172,7 @@ def try_engines(max_norm: float | None, names: list[str]) -> dict[str, Outcome]:
             gradient_error = ""
         except FloatingPointError as problem:
             gradient_error = str(problem)
-        outcomes[name] = Outcome(history, error, same, gradient_error, average_equal)
+        outcomes[name] = Outcome(history, error, same, next_step, gradient_error, average_equal)
     return outcomes
 
 
@@ -224,9 +226,13 @@ class TestEngine:
             assert f"sample-{(STEPS + 1) * BATCH - 1}" in outcome[name].error
             assert outcome[name].same_after_error
 
-    def test_a_gradient_that_is_not_finite_stops_all_ranks(self, outcomes, name):
+    def test_after_a_refused_step_training_goes_on_as_if_it_had_not_been(self, outcomes, name):
+        expected = plain_loop(CLIP, STEPS + 1)[STEPS]
+        assert all(outcome[name].next_step == pytest.approx(expected, rel=1e-5) for outcome in outcomes)
+
+    def test_a_gradient_that_is_not_finite_stops_all_ranks_and_names_the_samples(self, outcomes, name):
         for outcome in outcomes:
-            assert "only the gradient is not" in outcome[name].gradient_error
+            assert "only the gradient is not, of samples sample-0, " in outcome[name].gradient_error
 
     def test_average_on_fragments_equals_the_average_of_whole_weights(self, outcomes, name):
         assert outcomes[0][name].average_equal

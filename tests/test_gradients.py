@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as Picture
-from processes import run_processes
+from processes import run_processes, whole
 from test_engine import ENGINES, shares
 from torch import Tensor, nn
 
@@ -17,7 +17,6 @@ from distributed_inr.models.d2c_vae import D2CVAE
 from distributed_inr.models.encoders import PixelEncoder
 from distributed_inr.randomness import sample_seed
 from distributed_inr.training.engine import Optim, Scale, build_engine
-from distributed_inr.training.fragments import gather
 
 BATCH = 16
 DOMAIN = Image(size=16, source_size=32)
@@ -81,7 +80,7 @@ def engine_gradient(scale: Scale, micro: int, dtype: torch.dtype, *, unwrapped: 
         engine.step(forward(batch), keys=batch.key, lr=1e-3)
     fragments = engine.state()
     first_moments = [type(f)(f.name, f.shape, f.offset, f.moments["exp_avg"] / (1 - 0.9)) for f in fragments]
-    return gather(first_moments)
+    return whole(first_moments)
 
 
 def difference(found: dict[str, Tensor], expected: dict[str, Tensor], part: str) -> float:

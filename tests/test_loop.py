@@ -18,6 +18,7 @@ from distributed_inr.config import override
 from distributed_inr.data.reader import Data, ShardDataset, read_latent
 from distributed_inr.data.shards import ShardWriter
 from distributed_inr.domains.domain import Signal
+from distributed_inr.training import checkpoint
 from distributed_inr.training.engine import Optim, Scale
 from distributed_inr.training.loop import Training, train
 
@@ -112,8 +113,8 @@ def scenario(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
     for name, scale in ENGINES.items():
         whole = call_train(data, folder / name / "whole", scale)
         stopped = call_train(
-            data, folder / name / "parts", scale, stop=StopAfter(5)
-        )  # at the first micro-batch of the third step
+            data, folder / name / "parts", scale, stop=StopAfter(8)
+        )  # at the second micro-batch of the fourth step
         if torch.distributed.get_rank() == 0:  # what a run killed after its last checkpoint would have left
             with (folder / name / "parts" / "metrics.jsonl").open("a") as file:
                 file.write('{"samples": 32, "train/total": 0.5}\n{"samples": 40, "train/to')
@@ -189,9 +190,8 @@ class TestTrain:
         kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
         assert kept == ["000000000032", "000000000048"]
         final = load_file(folder / "model.safetensors")
-        average, weights = (
-            load_file(folder / "checkpoints" / kept[-1] / f"{kind}.safetensors") for kind in ("ema", "model")
-        )
+        newest = str(folder / "checkpoints" / kept[-1])
+        average, weights = (checkpoint.weights(newest, average=average) for average in (True, False))
         assert all(torch.equal(final[key], average[key]) for key in final)
         assert not torch.equal(final["layers.0.weight"], weights["layers.0.weight"])
         assert torch.equal(final["target"], torch.tensor([1.0, 0.0, -1.0]))
@@ -200,9 +200,8 @@ class TestTrain:
     def test_validation_is_the_mean_over_each_sample_once(self, run, name):
         """Eleven samples on two ranks in twos: a ragged last step, and one batch without any sample."""
         module, dataset = make_module(), open_set(run.data)
-        module.load_state_dict(
-            load_file(run.folder / name / "whole" / "checkpoints" / "000000000048" / "model.safetensors")
-        )
+        newest = run.folder / name / "whole" / "checkpoints" / "000000000048"
+        module.load_state_dict(checkpoint.weights(str(newest), average=False))
         losses = []
         for number in range(SAMPLES):
             signal, _ = dataset.signal(number)

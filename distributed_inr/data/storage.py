@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -84,12 +85,45 @@ def list_files(folder: str) -> dict[str, int]:
                     if entry.is_file():
                         sizes[entry.name] = entry.stat().st_size
         return sizes
-    filesystem, path = _filesystem(folder)
+    return {name: int(entry["size"] or 0) for name, entry in _list(folder).items() if entry["type"] == "file"}
+
+
+def list_folders(folder: str) -> list[str]:
+    """Names of the folders in a folder; empty when there is no such folder."""
+    if is_local(folder):
+        return [entry.name for entry in os.scandir(folder) if entry.is_dir()] if os.path.isdir(folder) else []
+    return [name for name, entry in _list(folder).items() if entry["type"] == "directory"]
+
+
+def remove_file(url: str) -> None:
+    """Delete a file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        if is_local(url):
+            os.unlink(url)
+        else:
+            filesystem, path = _filesystem(url)
+            _retry(url, lambda: filesystem.rm_file(path))
+
+
+def remove_folder(folder: str) -> None:
+    """Delete a folder and all in it, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        if is_local(folder):
+            shutil.rmtree(folder)
+        else:
+            filesystem, path = _filesystem(folder)
+            _retry(folder, lambda: filesystem.rm(path, recursive=True))
+
+
+def size_and_sha256(url: str) -> tuple[int, str] | None:
+    """Of a file of any size, or None when there is none."""
     try:
-        entries = filesystem.ls(path, detail=True)
+        if is_local(url):
+            return os.path.getsize(url), sha256_of(Path(url))
+        filesystem, path = _filesystem(url)
+        return _retry(url, lambda: _stream_sha256(filesystem, path))
     except FileNotFoundError:
-        return {}
-    return {e["name"].rstrip("/").rpartition("/")[2]: int(e["size"] or 0) for e in entries if e["type"] == "file"}
+        return None
 
 
 def read_bytes(url: str) -> bytes | None:
@@ -152,6 +186,26 @@ def explain(error: OSError, folder: str) -> ValueError:
 def download(url: str, path: Path) -> None:
     """Write the whole contents of `url` to a local file. Raises FileNotFoundError when there is none."""
     _retry(url, lambda: _copy(url, path))
+
+
+def _list(folder: str) -> dict[str, dict[str, Any]]:
+    """What fsspec says of the files and folders in a remote folder, by name."""
+    filesystem, path = _filesystem(folder)
+    filesystem.invalidate_cache()  # others write there too
+    try:
+        entries = _retry(folder, lambda: filesystem.ls(path, detail=True))
+    except FileNotFoundError:
+        return {}
+    return {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in entries}
+
+
+def _stream_sha256(filesystem: Any, path: str) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    with filesystem.open(path, "rb") as file:
+        while piece := file.read(2**24):
+            digest.update(piece)
+            size += len(piece)
+    return size, digest.hexdigest()
 
 
 def _copy(url: str, path: Path) -> None:

@@ -1,24 +1,29 @@
 """Checkpoints: a directory of safetensors and JSON that any number of workers under any ZeRO stage can resume from.
 
     <samples seen, 12 digits>/
-      config.json                              the experiment
-      model.safetensors, ema.safetensors       whole weights (and buffers), float32
-      optimizer-<rank>-of-<world>.safetensors  AdamW's moments: "<moment>/<parameter>" is what the rank owned of a
-                                               flattened parameter; "fragments" in the header: {parameter: [offset,
-                                               length, size]}
-      state.json                               samples and steps done
-      manifest.json                            size and sha256 of every file above; written last, it is the commit
+      config.json                          the experiment
+      state-<rank>-of-<world>.safetensors  what the rank owned of each flattened parameter: "weight/<parameter>",
+                                           "exp_avg/..." and "exp_avg_sq/..." (AdamW's), "ema/..." (running average);
+                                           the first rank's also the buffers, whole: "buffer/<name>". In the header,
+                                           "fragments": {parameter: [offset, length, shape]}
+      state.json                           samples and steps done, and what else the loop goes on with
+      manifest.json                        size and sha256 of every file above; written last, it is the commit
 
-`snapshot` is the only part that needs the engine and the other ranks; `write` touches nothing but files, each written
-once and whole; `commit` writes the manifest after every rank has written. Nothing executable is stored or loaded.
+A rank copies what it owns without the other ranks (`snapshot`), writes the copy on a thread while training goes on
+(`Writer`), and the first rank commits once all have written. Local folders and object stores alike. Nothing executable
+is stored or loaded.
 """
 
 import contextlib
 import hashlib
 import json
 import logging
-import shutil
+import math
+import os
+import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +34,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distributed_inr.data import storage
 from distributed_inr.training.engine import Engine
-from distributed_inr.training.fragments import Fragment, gather, is_first
+from distributed_inr.training.fragments import Fragment, gather_objects, is_first, rank_and_world
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+
+_ATTEMPTS = 3
+"""Times that a rank tries to write its files of one checkpoint: a full disk, or an object store, may recover."""
+
+_MAX_FAILED = 3
+"""Checkpoints in a row that may fail to be written before the run stops."""
 
 
 @dataclass(frozen=True)
@@ -49,120 +61,194 @@ Files = dict[str, str | Tensors]
 """A rank's files of a checkpoint, by name, in this process's memory."""
 
 
-def snapshot(engine: Engine, *, averages: Sequence[Fragment], config_json: str, state: Mapping[str, Any]) -> Files:
-    """This rank's files, gathered on the CPU. Every rank calls it at the same step."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    fragments = engine.state()
-    owned = [f for f in fragments if f.moments and f.weight.numel()]
-    moments = {f"{key}/{f.name}": moment.cpu() for f in owned for key, moment in f.moments.items()}
-    index = {f.name: [f.offset, f.weight.numel(), torch.Size(f.shape).numel()] for f in owned}
-    metadata = {"format": str(FORMAT), "fragments": json.dumps(index)}
-    files: Files = {f"optimizer-{rank:05d}-of-{world:05d}.safetensors": Tensors(moments, metadata)}
-
-    parameters = {f.name for f in fragments}
-    buffers = {k: v.cpu() for k, v in engine.unwrap().state_dict().items() if k not in parameters}
-    for name, values in [("model.safetensors", fragments), ("ema.safetensors", averages)]:
-        if values:
-            whole = gather(values)
-            if is_first():
-                files[name] = Tensors(whole | buffers, {"format": str(FORMAT)})
-    if is_first():
-        files["config.json"] = config_json
-        files["state.json"] = json.dumps({"format": FORMAT, **state, "steps": engine.steps}, indent=2)
-    return files
-
-
-def write(path: Path, files: Files) -> dict[str, dict[str, Any]]:
-    """Write files into a checkpoint's directory; returns the size and sha256 of each."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        for name, contents in files.items():
-            if isinstance(contents, str):
-                (path / name).write_text(contents)
-            else:
-                save_file({k: v.contiguous() for k, v in contents.tensors.items()}, path / name, contents.metadata)
-        return {name: _describe(path / name) for name in files}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"checkpoint {path} cannot be written: {error}; free some space or choose another output folder "
-            "(earlier checkpoints are intact)"
-        ) from error
-
-
-def commit(path: Path, written: dict[str, dict[str, Any]], *, keep: int) -> None:
-    """Make the checkpoint valid once every rank has written its files, then delete all but the newest `keep`."""
-    everyone = [written]
-    if dist.is_initialized():
-        everyone = [{}] * dist.get_world_size()
-        dist.all_gather_object(everyone, written)
-    if is_first():
-        files = {name: entry for part in everyone for name, entry in sorted(part.items())}
-        partial = path / "manifest.json.partial"
-        partial.write_text(json.dumps({"format": FORMAT, "files": files}, indent=2))
-        partial.replace(path / "manifest.json")
-        committed = [p for p in _directories(path.parent) if (p / "manifest.json").exists()]
-        for old in _directories(path.parent):
-            if old < path and old not in committed[-keep:]:
-                (old / "manifest.json").unlink(missing_ok=True)  # first, so that half of a checkpoint is never valid
-                shutil.rmtree(old)
-
-
-def save(
-    folder: Path,
+def snapshot(
     engine: Engine,
     *,
     averages: Sequence[Fragment],
     config_json: str,
     state: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Write and commit the checkpoint `folder/<samples>`; every rank calls it at the same step."""
-    path = folder / f"{state['samples']:012d}"
-    if is_first() and path.exists():  # left by an earlier attempt that got no further, or superseded
-        (path / "manifest.json").unlink(missing_ok=True)
-        shutil.rmtree(path)
-    if dist.is_initialized():
-        dist.barrier()
-    commit(path, write(path, snapshot(engine, averages=averages, config_json=config_json, state=state)), keep=keep)
-    return path
+    buffers: dict[str, Tensor] | None = None,
+) -> Files:
+    """This rank's files, copied out of training's way. No rank waits for another.
+
+    Args:
+        state: what state.json holds besides the number of steps.
+        buffers: the copies of an earlier snapshot, to be overwritten: new memory would take longer than the copying.
+    """
+    rank, world = rank_and_world()
+    fragments = engine.state()
+    owned = [f for f in fragments if f.weight.numel()]
+    tensors = {f"weight/{f.name}": f.weight for f in owned}
+    tensors |= {f"{key}/{f.name}": moment for f in owned for key, moment in f.moments.items()}
+    tensors |= {f"ema/{f.name}": f.weight for f in averages if f.weight.numel()}
+    if is_first():
+        parameters = {f.name for f in fragments}
+        module = engine.unwrap().state_dict()
+        tensors |= {f"buffer/{name}": tensor for name, tensor in module.items() if name not in parameters}
+    copies = {} if buffers is None else buffers
+    for name, tensor in tensors.items():
+        if name not in copies:
+            copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name].copy_(tensor, non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    index = {f.name: [f.offset, f.weight.numel(), f.shape] for f in owned}
+    metadata = {"format": str(FORMAT), "fragments": json.dumps(index)}
+    files: Files = {f"state-{rank:05d}-of-{world:05d}.safetensors": Tensors(dict(copies), metadata)}
+    if is_first():
+        files["config.json"] = config_json
+        files["state.json"] = json.dumps({"format": FORMAT, "steps": engine.steps, **state}, indent=1)
+    return files
 
 
-def newest(folder: Path) -> Path | None:
+def write(path: str, files: Files) -> dict[str, dict[str, Any]]:
+    """Write files into a checkpoint's directory, down to the disk; returns the size and sha256 of each."""
+    described = {}
+    with contextlib.ExitStack() as stack:
+        folder = Path(path)
+        if storage.is_local(path):
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for name, contents in files.items():
+            if isinstance(contents, str):
+                (folder / name).write_text(contents)
+            else:
+                save_file(contents.tensors, folder / name, contents.metadata)
+            with open(folder / name, "rb") as file:
+                os.fsync(file.fileno())
+            described[name] = _describe(folder / name)
+            if not storage.is_local(path):
+                storage.publish(folder / name, storage.join(path, name))
+    return described
+
+
+def commit(path: str, written: Sequence[dict[str, dict[str, Any]]]) -> None:
+    """Make the checkpoint valid, once every rank has written its files."""
+    files = {name: entry for part in written for name, entry in sorted(part.items())}
+    manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
+    storage.write_atomic(storage.join(path, "manifest.json"), manifest.encode())
+
+
+def purge(path: str, *, keep: int) -> None:
+    """Delete what is older than a committed checkpoint, but the newest `keep` and the best; warn where that fails."""
+    folder, last = storage.split(path)
+    try:
+        names = sorted(name for name in storage.list_folders(folder) if name.isdigit() and name <= last)
+        committed = [n for n in names if "manifest.json" in storage.list_files(storage.join(folder, n))]
+        kept = {*committed[-keep:], *_best(folder, committed)}
+        for name in names:
+            if name not in kept:
+                _remove(storage.join(folder, name))
+    except (OSError, ValueError) as error:
+        logger.warning("old checkpoints in %s cannot be deleted: %s; training goes on", folder, error)
+
+
+class Writer:
+    """Writes one checkpoint at a time while training goes on. Every rank calls the same methods at the same step.
+
+    Args:
+        folder: where the checkpoints lie: a path, or an object store's address.
+        keep: how many of the newest to keep, besides the best.
+    """
+
+    def __init__(self, folder: str, *, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[dict[str, dict[str, Any]] | str] | None = None
+        self._path, self._num_failed = "", 0
+        self._buffers: dict[str, Tensor] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint was begun and is not committed yet."""
+        return self._writing is not None
+
+    @property
+    def has_written(self) -> bool:
+        """Whether this rank's files of it are written: `commit` will not wait for this rank."""
+        return self._writing is not None and self._writing.done()
+
+    def begin(
+        self, engine: Engine, *, averages: Sequence[Fragment], config_json: str, state: Mapping[str, Any]
+    ) -> None:
+        """Copy this rank's state and start to write it as the checkpoint of state["samples"]."""
+        assert self._writing is None, "commit the one before first"
+        self._path = storage.join(self.folder, f"{state['samples']:012d}")
+        if is_first():
+            self._thread.submit(_remove, self._path).result()  # what an attempt that got no further has left
+        if dist.is_initialized():
+            dist.barrier()
+        files = snapshot(engine, averages=averages, config_json=config_json, state=state, buffers=self._buffers)
+        self._writing = self._thread.submit(_write_patiently, self._path, files)
+
+    def commit(self, *, needed: bool = False) -> str | None:
+        """Wait until every rank has written and make the checkpoint valid; returns its path.
+
+        Where it could not be written, warns and returns None, and earlier ones stay. Raises ValueError instead where
+        the checkpoint is `needed`, or when that happens for the third time in a row.
+        """
+        assert self._writing is not None
+        found = gather_objects(self._writing.result())
+        self._writing = None
+        problem = next((result for result in found if isinstance(result, str)), None)
+        if problem is None:
+            (problem,) = gather_objects(self._commit(found) if is_first() else None)[:1]
+        self._num_failed = 0 if problem is None else self._num_failed + 1
+        if problem is None:
+            return self._path
+        message = f"checkpoint {self._path} cannot be written: {problem}; free some space or choose another place"
+        if needed or self._num_failed == _MAX_FAILED:
+            raise ValueError(f"{message}. Earlier checkpoints are intact, and the same command goes on from them")
+        if is_first():
+            logger.warning("%s. Earlier ones are intact; training goes on, and the next one is tried in time", message)
+        return None
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+    def _commit(self, written: list[Any]) -> str | None:
+        try:
+            commit(self._path, written)
+        except (OSError, ValueError) as error:
+            return str(error)
+        self._thread.submit(purge, self._path, keep=self.keep)
+        return None
+
+
+def newest(folder: str) -> str | None:
     """The newest valid checkpoint of a folder, the same on every rank; none where none was ever committed.
 
-    Invalid ones are skipped with a warning. Raises ValueError if there are committed ones and all of them are damaged:
-    starting again from nothing would overwrite them.
+    Invalid ones are skipped with a warning; the ranks share the work of checking. Raises ValueError if there are
+    committed ones and all of them are damaged: starting again from nothing would overwrite them.
     """
-    found: list[Path | str | None] = [None]
-    if is_first():
-        damaged = []
-        for path in reversed(_directories(folder)):
-            problem = _problem(path)
-            if problem is None:
-                found = [path]
-                break
-            logger.warning("checkpoint %s is ignored: %s", path, problem)
-            damaged += [path] if (path / "manifest.json").exists() else []
-        if found[0] is None and damaged:
-            found = [f"every checkpoint in {folder} is damaged; restore one, or delete the folder to start again"]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], str):
-        raise ValueError(found[0])
-    return found[0]
+    rank, world = rank_and_world()
+    names = gather_objects(storage.list_folders(folder) if is_first() else [])[0]
+    damaged = False
+    for name in sorted(filter(str.isdigit, names), reverse=True):
+        path = storage.join(folder, name)
+        problems = [found for found in gather_objects(_problem(path, rank, world)) if found is not None]
+        if not problems:
+            return path
+        if is_first():
+            logger.warning("checkpoint %s is ignored: %s", path, problems[0])
+        damaged = damaged or problems[0] != _UNCOMMITTED
+    if damaged:
+        raise ValueError(f"every checkpoint in {folder} is damaged; restore one, or delete the folder to start again")
+    return None
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: str) -> dict[str, Any]:
     """A checkpoint's state.json. Raises ValueError if another version wrote it."""
-    state = json.loads((path / "state.json").read_text())
-    if state["format"] != FORMAT:
+    state = json.loads(storage.read_bytes(storage.join(path, "state.json")) or b"{}")
+    if state.get("format") != FORMAT:
         raise ValueError(
-            f"{path} has format {state['format']}, this version reads {FORMAT}; use the version that wrote it"
+            f"{path} has format {state.get('format')}, this version reads {FORMAT}; use the version that wrote it"
         )
     return state
 
 
-def load(path: Path, engine: Engine, *, averages: Sequence[Fragment]) -> dict[str, Any]:
+def load(path: str, engine: Engine, *, averages: Sequence[Fragment]) -> dict[str, Any]:
     """Set the weights, optimizer state and running averages from a valid checkpoint; returns its state.json."""
     state = read_state(path)
     with _Reader.open(path) as reader:
@@ -173,83 +259,132 @@ def load(path: Path, engine: Engine, *, averages: Sequence[Fragment]) -> dict[st
     return state
 
 
+def weights(path: str, *, average: bool) -> dict[str, Tensor]:
+    """A module's whole state: the weights, or their running average, and the buffers."""
+    kind = "ema" if average else "weight"
+    with _Reader.open(path) as reader:
+        whole = {name: reader.read(kind, name, 0, math.prod(s)).view(s) for name, s in reader.shapes.items()}
+        return whole | {name: reader.read("buffer", name, 0, -1) for name in reader.buffers}
+
+
 class _Reader:
     """Parts of flattened tensors by name, put together from the files of however many ranks wrote them."""
 
-    def __init__(self, path: Path, files: dict[str, Any]):
-        self.path, self.files = path, files
-        self.fragments: dict[str, list[tuple[int, int, str]]] = {}
-        for name, file in files.items():
-            if name.startswith("optimizer-"):
-                for parameter, (offset, length, _) in json.loads(file.metadata()["fragments"]).items():
-                    self.fragments.setdefault(parameter, []).append((offset, length, name))
+    def __init__(self, path: str, files: Sequence[Any]):
+        self.path, self.fragments = path, dict[str, list[tuple[int, int, Any]]]()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.buffers: dict[str, Any] = {}
+        self.names = {name for file in files for name in file.keys()}
+        for file in files:
+            for name, (offset, length, shape) in json.loads(file.metadata()["fragments"]).items():
+                self.fragments.setdefault(name, []).append((offset, length, file))
+                self.shapes[name] = tuple(shape)
+            self.buffers |= {n.removeprefix("buffer/"): file for n in file.keys() if n.startswith("buffer/")}
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, path: Path) -> Iterator["_Reader"]:
+    def open(cls, path: str) -> Iterator["_Reader"]:
         with contextlib.ExitStack() as stack:
-            opened = {p.name: stack.enter_context(safe_open(p, "pt")) for p in sorted(path.glob("*.safetensors"))}
-            yield cls(path, opened)
+            folder = Path(path)
+            if not storage.is_local(path):
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                for name in storage.list_files(path):
+                    storage.download(storage.join(path, name), folder / name)
+            try:
+                opened = [stack.enter_context(safe_open(p, "pt")) for p in sorted(folder.glob("*.safetensors"))]
+                reader = cls(path, opened)
+            except (SafetensorError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"checkpoint {path} cannot be read: {error!r}; use an older one") from None
+            yield reader
 
     def check(self, shapes: dict[str, tuple[int, ...]], *, averages: bool) -> None:
         """Raise ValueError unless it holds parameters of these names and shapes, and their averages where wanted."""
-        model = self.files["model.safetensors"]
-        stored = {name: tuple(model.get_slice(name).get_shape()) for name in model.keys()}
         wrong = [
-            f"{k}: {stored.get(k, 'absent')} there, {shape} here"
-            for k, shape in shapes.items()
-            if stored.get(k) != shape
+            f"{name}: {self.shapes.get(name, 'absent')} there, {shapes.get(name, 'absent')} here"
+            for name in shapes | self.shapes
+            if self.shapes.get(name) != shapes.get(name)
         ]
         if wrong:
             raise ValueError(
                 f"{self.path} holds another model ({'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}); "
                 "use the configuration that it was written with, or another output folder"
             )
-        if averages and "ema.safetensors" not in self.files:
+        if averages and not any(name.startswith("ema/") for name in self.names):
             raise ValueError(
                 f"{self.path} keeps no average of the weights, but training.ema_half_life_samples asks for one; "
                 "set it to 0 or use another output folder"
             )
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
-        if kind in ("weight", "ema"):
-            file = self.files["model.safetensors" if kind == "weight" else "ema.safetensors"]
-            return file.get_tensor(name).reshape(-1)[start:stop]
+        """Elements `start` to `stop` of a flattened parameter's weight, moment or average; a buffer whole."""
+        if name in self.buffers:
+            return self.buffers[name].get_tensor(f"buffer/{name}")
         parts, position = [], start
-        for offset, length, file_name in sorted(self.fragments.get(name, [])):
+        for offset, length, file in sorted(self.fragments.get(name, []), key=lambda fragment: fragment[:2]):
             if offset <= position < min(offset + length, stop):
                 end = min(offset + length, stop)
-                parts.append(self.files[file_name].get_slice(f"{kind}/{name}")[position - offset : end - offset])
+                parts.append(file.get_slice(f"{kind}/{name}")[position - offset : end - offset])
                 position = end
         if position != stop:
             raise ValueError(f"{self.path} lacks {kind} of {name} from element {position}; use an older checkpoint")
         return torch.cat(parts) if parts else torch.empty(0)
 
 
-def _directories(folder: Path) -> list[Path]:
-    """Checkpoint directories, oldest first."""
-    return sorted(p for p in folder.glob("*") if p.is_dir() and p.name.isdigit()) if folder.exists() else []
+_UNCOMMITTED = "it has no manifest (its writing was cut short)"
 
 
-def _problem(path: Path) -> str | None:
-    """Why a checkpoint is not valid, or none."""
+def _problem(path: str, rank: int = 0, world: int = 1) -> str | None:
+    """Why a checkpoint is not valid, or none, as far as this rank's share of its files tells."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        for name, entry in manifest["files"].items():
+        content = storage.read_bytes(storage.join(path, "manifest.json"))
+        if content is None:
+            return _UNCOMMITTED
+        files = json.loads(content)["files"]
+        for name, entry in list(files.items())[rank::world]:
             if Path(name).name != name:
                 return f"its manifest names a file outside it: {name!r}"
-            if not (path / name).is_file():
+            if (found := storage.size_and_sha256(storage.join(path, name))) is None:
                 return f"{name} is missing"
-            if (path / name).stat().st_size != entry["bytes"]:
-                return f"{name} has {(path / name).stat().st_size} bytes, its manifest says {entry['bytes']}"
-            if _describe(path / name) != entry:
+            if found[0] != entry["bytes"]:
+                return f"{name} has {found[0]} bytes, its manifest says {entry['bytes']}"
+            if found[1] != entry["sha256"]:
                 return f"{name} differs from the sha256 in its manifest"
-        with _Reader.open(path):
-            return None
-    except FileNotFoundError:
-        return "it has no manifest (its writing was cut short)"
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        return f"it cannot be read: {error!r}"
+        if "state.json" not in files:
+            return "its manifest lacks state.json"
+        if rank == 0 and storage.is_local(path):
+            with _Reader.open(path):
+                pass
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"it cannot be read: {error}"
+
+
+def _write_patiently(path: str, files: Files) -> dict[str, dict[str, Any]] | str:
+    """`write`, or after several attempts what went wrong."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return write(path, files)
+        except (OSError, ValueError, SafetensorError) as error:
+            problem = str(error)
+        time.sleep(0.5 * 2**attempt)
+    return problem
+
+
+def _remove(path: str) -> None:
+    """Delete a checkpoint: its manifest first, so that half of one is never valid."""
+    storage.remove_file(storage.join(path, "manifest.json"))
+    storage.remove_folder(path)
+
+
+def _best(folder: str, names: Sequence[str]) -> list[str]:
+    """The checkpoint with the least validation loss, the earliest of equals; none where none was measured."""
+    scores = []
+    for name in names:
+        with contextlib.suppress(ValueError):
+            score = json.loads(storage.read_bytes(storage.join(folder, f"{name}/state.json")) or b"{}").get("score")
+            if isinstance(score, float) and math.isfinite(score):
+                scores.append((score, name))
+    return [min(scores)[1]] if scores else []
 
 
 def _describe(path: Path) -> dict[str, Any]:

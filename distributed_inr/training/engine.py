@@ -21,10 +21,13 @@ from torch import Tensor, nn
 
 from distributed_inr.config import config
 from distributed_inr.domains.domain import Signal
-from distributed_inr.training.fragments import BUCKET, Fragment, Read, is_first, load_state, sum_over_ranks, view
+from distributed_inr.training.fragments import Fragment, Read, is_first, load_state, view
+from distributed_inr.training.gradients import Metrics, agree, clip, squared_norm, total
 
 logger = logging.getLogger(__name__)
-Metrics = dict[str, float]
+
+_BUCKET = 50_000_000
+"""Elements in one collective of gradients or weights."""
 
 
 @config
@@ -104,12 +107,12 @@ class Engine(Protocol):
         """The wrapped module's weighted losses on a micro-batch. In evaluation, call it under `torch.no_grad`."""
         ...
 
-    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float, stop: bool = False) -> Metrics | None:
+    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float) -> Metrics | None:
         """Add the gradient of a micro-batch's losses; after the last micro-batch of the step, update the weights.
 
-        Returns None; or after an update the means over all ranks' samples, "train/<loss>" and "train/total",
-        "grad_norm", and how many ranks gave "stop" with their last micro-batch. Raises FloatingPointError, on every
-        rank and before the update, if any of them is not finite.
+        Returns None; or after an update the means over all ranks' samples, "train/<loss>" and "train/total", and
+        "grad_norm". Raises FloatingPointError, on every rank and instead of the update, if any of them is not finite;
+        the gradients are dropped, and training may go on with the next step.
         """
         ...
 
@@ -166,7 +169,7 @@ class DeepSpeedEngine:
         self._module, self._stage, self._num_micro_batches = module, scale.zero_stage, num_micro_batches
         self._pending: list[tuple[dict[str, Tensor], Sequence[str]]] = []
         self.steps, self._max_grad_norm = 0, optim.max_grad_norm
-        bucket = min(BUCKET, 2 * sum(p.numel() for p in module.parameters()))  # even, as it demands
+        bucket = min(_BUCKET, 2 * sum(p.numel() for p in module.parameters()))  # even, as it demands
         zero: dict[str, Any] = {"stage": self._stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         if self._stage in (1, 2):
             zero["compute_grad_norm"] = False  # ours, for the check, is enough; its own in float64 takes 10 % of a step
@@ -180,7 +183,7 @@ class DeepSpeedEngine:
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": zero,
         }
-        self._adamw = _adamw(module, optim)
+        self._adamw: Any = _adamw(module, optim)
         self._engine: Any = deepspeed.initialize(
             model=_Autocast(module, scale), optimizer=self._adamw, config=settings, dist_init_required=False
         )[0]
@@ -190,16 +193,22 @@ class DeepSpeedEngine:
     def forward(self, batch: Signal) -> dict[str, Tensor]:
         return self._engine(batch)
 
-    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float, stop: bool = False) -> Metrics | None:
+    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float) -> Metrics | None:
         self._pending.append(({name: loss.detach() for name, loss in losses.items()}, keys))
-        self._engine.backward(_total(losses))
+        self._engine.backward(total(losses))
         metrics = None
         if len(self._pending) == self._num_micro_batches:
             pending, self._pending = self._pending, []
             gradients = self._gradients()
-            metrics = _agree(pending, _squared_norm(gradients, shared=self._stage == 0), self.steps, stop)
+            try:
+                metrics = agree(pending, squared_norm(gradients, shared=self._stage == 0), self.steps)
+            except FloatingPointError:
+                self._adamw.found_inf = torch.ones((), device=self.device)  # makes AdamW pass its step over
+                self._engine.step()
+                del self._adamw.found_inf
+                raise
             if self._stage != 3:
-                _clip(gradients, metrics["grad_norm"], self._max_grad_norm)
+                clip(gradients, metrics["grad_norm"], self._max_grad_norm)
             self.steps += 1
             for group in self._adamw.param_groups:
                 group["lr"] = lr
@@ -292,15 +301,19 @@ class AccelerateEngine:
         with contextlib.nullcontext() if last else self._accelerator.no_sync(self._wrapped):
             return self._wrapped(batch)
 
-    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float, stop: bool = False) -> Metrics | None:
+    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float) -> Metrics | None:
         self._pending.append(({name: loss.detach() for name, loss in losses.items()}, keys))
-        self._accelerator.backward(_total(losses))  # divides by the number of micro-batches
+        self._accelerator.backward(total(losses))  # divides by the number of micro-batches
         if len(self._pending) < self._num_micro_batches:
             return None
         gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
         pending, self._pending = self._pending, []
-        metrics = _agree(pending, _squared_norm(gradients, shared=True), self.steps, stop)
-        _clip(gradients, metrics["grad_norm"], self._max_grad_norm)
+        try:
+            metrics = agree(pending, squared_norm(gradients, shared=True), self.steps)
+        except FloatingPointError:
+            self._adamw.zero_grad()
+            raise
+        clip(gradients, metrics["grad_norm"], self._max_grad_norm)
         self.steps += 1
         for group in self._adamw.param_groups:
             group["lr"] = lr
@@ -339,45 +352,6 @@ class _Autocast(nn.Module):
 def _adamw(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
     trainable = [p for p in module.parameters() if p.requires_grad]
     return torch.optim.AdamW(trainable, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
-
-
-def _total(losses: dict[str, Tensor]) -> Tensor:
-    return torch.stack(list(losses.values())).sum()
-
-
-def _squared_norm(gradients: list[Tensor], *, shared: bool) -> Tensor:
-    """This rank's part of the squared global norm; shared: every rank has the whole gradient."""
-    squared = nn.utils.get_total_norm(gradients).double().square()
-    return squared / dist.get_world_size() if shared and dist.is_initialized() else squared
-
-
-def _clip(gradients: list[Tensor], norm: float, max_norm: float | None) -> None:
-    if max_norm is not None and norm > max_norm:
-        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-
-
-def _agree(
-    pending: Sequence[tuple[dict[str, Tensor], Sequence[str]]], squared_norm: Tensor, steps: int, stop: bool
-) -> Metrics:
-    """Means of a step's losses over all ranks, the gradient's norm and who wants to stop; all ranks get the same."""
-    names, world = list(pending[0][0]), dist.get_world_size() if dist.is_initialized() else 1
-    means = [torch.stack([losses[name] for losses, _ in pending]).double().mean() for name in names]
-    *values, squared, wishes = sum_over_ranks(torch.stack([*means, squared_norm, means[0].new_tensor(stop)])).tolist()
-    metrics = {f"train/{name}": value / world for name, value in zip(names, values, strict=True)}
-    metrics["train/total"] = sum(metrics.values())
-    metrics["grad_norm"] = math.sqrt(squared) if squared >= 0 else squared
-    if all(math.isfinite(value) for value in metrics.values()):
-        return metrics | {"stop": wishes}
-
-    suspects = [k for losses, keys in pending for k in keys if not torch.stack(list(losses.values())).isfinite().all()]
-    everyone: list[Any] = [suspects]
-    if dist.is_initialized():
-        everyone = [None] * world
-        dist.all_gather_object(everyone, suspects)
-    keys = [key for part in everyone for key in part]
-    shown = ", ".join(f"{name}={value:.4g}" for name, value in metrics.items())
-    whose = f"samples {', '.join(keys[:16])}" if keys else "all losses are finite; only the gradient is not"
-    raise FloatingPointError(f"step {steps + 1} is not finite and was not applied: {shown}; {whose}")
 
 
 def _recompute_blocks(module: nn.Module) -> None:

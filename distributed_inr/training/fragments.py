@@ -1,15 +1,14 @@
 """Fragments: views of the weights and AdamW's state that a rank owns, for running averages and checkpoints."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BUCKET = 50_000_000
-"""Elements in one collective of gradients or weights."""
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,26 +84,17 @@ def average(values: Sequence[Fragment], fragments: Sequence[Fragment], decay: fl
         torch._foreach_lerp_([v for v, _ in pairs], [w for _, w in pairs], 1 - decay)
 
 
-def gather(fragments: Sequence[Fragment]) -> dict[str, Tensor]:
-    """Whole parameters by name from all ranks' fragments, in rank 0's memory; other ranks get an empty dict."""
-    whole: dict[str, Tensor] = {}
-    bucket: list[Fragment] = []
-    for index, fragment in enumerate(fragments):
-        bucket.append(fragment)
-        size = sum(math.prod(f.shape) for f in bucket)
-        if size < BUCKET and index + 1 < len(fragments):
-            continue
-        flat, start = fragment.weight.new_zeros(size), 0
-        for f in bucket:
-            flat[start + f.offset : start + f.offset + f.weight.numel()] = f.weight
-            start += math.prod(f.shape)
-        if dist.is_initialized():
-            dist.reduce(flat, dst=0)
-        if is_first():
-            parts = flat.cpu().split([math.prod(f.shape) for f in bucket])
-            whole |= {f.name: part.view(f.shape).clone() for f, part in zip(bucket, parts, strict=True)}
-        bucket = []
-    return whole
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, by rank."""
+    values = [value]
+    if dist.is_initialized():
+        values = [value] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
 
 
 def is_first() -> bool:

@@ -1,26 +1,32 @@
 """The training loop: one function, the same for every module, engine, number of workers and launcher."""
 
 import dataclasses
+import functools
 import json
 import logging
-import shutil
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from pydantic import NonNegativeInt, PositiveInt
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from distributed_inr.config import config
+from distributed_inr.data import storage
 from distributed_inr.data.reader import ShardDataset, evaluation_stream, training_stream
 from distributed_inr.domains.domain import Signal
 from distributed_inr.training import checkpoint
+from distributed_inr.training.agreement import Agreement
 from distributed_inr.training.engine import Engine, Optim, Scale, build_engine
-from distributed_inr.training.fragments import average, is_first, sum_over_ranks
+from distributed_inr.training.fragments import Fragment, average, is_first, rank_and_world, sum_over_ranks
+from distributed_inr.training.gradients import Metrics
+from distributed_inr.training.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +50,11 @@ class Training:
     """The optimizer and its schedule."""
     ema_half_life_samples: NonNegativeInt = 0
     """Half-life of the running average of weights that the run ends with; at most 5 % of the samples seen. 0: none."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What follows a step whose loss or gradient is not finite, on any worker; it is never applied. stop: end the run.
+    skip: go on without it. rollback: take the weights of the newest checkpoint, and go on with the data after it."""
+    max_nonfinite_steps: PositiveInt = 10
+    """Such steps in the whole run after which it ends all the same."""
     log_every_samples: PositiveInt = 3_200
     """Samples between lines of metrics."""
     evaluate_every_samples: PositiveInt | None = None
@@ -51,7 +62,9 @@ class Training:
     checkpoint_every_samples: PositiveInt | None = None
     """Samples between checkpoints; also written at the end. none: only then."""
     keep_checkpoints: PositiveInt = 2
-    """How many of the newest checkpoints to keep."""
+    """How many of the newest checkpoints to keep, besides that with the least validation loss."""
+    ledger: bool = False
+    """Log which worker sees which sample at which position of the run, for jobs/check_ledger.py."""
 
     def num_micro_batches(self, num_workers: int, *, path: str = "training") -> int:
         """Micro-batches of a step on each worker. Raises ValueError, naming `path`, where they do not fit."""
@@ -75,30 +88,32 @@ def train(
     seed: int,
     folder: Path,
     config_json: str,
+    checkpoints: str | None = None,
     val_dataset: ShardDataset | None = None,
     num_loaders: int = 0,
     report: Callable[[dict[str, Any]], None] | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
-    stop: Callable[[], bool] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train `module`, resuming from the newest checkpoint in `folder`; every rank calls it with the same arguments.
+    """Train `module`, resuming from the newest checkpoint; every rank calls it with the same arguments.
 
     Writes metrics.jsonl, tensorboard/, checkpoints/ and at the end model.safetensors: the average, if one is kept.
 
     Args:
         seed: of the run; a resumed run must have the same.
         config_json: the whole experiment, kept with each checkpoint.
+        checkpoints: folder or object store's address for them; none: in `folder`.
         num_loaders: loader processes of each worker; 0 reads in the worker itself.
         report: called on every rank after each checkpoint with the newest metrics and "checkpoint", its path.
         progress: called on the first rank with (samples done, of how many, {"loss", "samples/s"}), seldom.
-        stop: asked on every rank at each micro-batch, until it says True; on any rank that makes all finish the step,
-            write a checkpoint and return.
+        stop: asked on every rank at each micro-batch, also while data are waited for and in evaluations; as soon as it
+            says True on any rank, all leave the step they are in, write a checkpoint and return.
 
     Returns:
         Whether the run is complete; False if `stop` ended it early.
     """
     # --- build: this worker's share of a step, and the engine around the module
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     batch_size, num_micro_batches = training.batch_size, training.num_micro_batches(world)
     micro_batch_size = batch_size // world // num_micro_batches
     torch.manual_seed(seed)
@@ -115,102 +130,199 @@ def train(
     averages = [dataclasses.replace(f, weight=f.weight.clone(), moments={}) for f in fragments] if half_life else []
 
     # --- resume: exactly at the sample
-    samples, seconds = 0, 0.0
-    path = checkpoint.newest(folder / "checkpoints")
+    writer = checkpoint.Writer(checkpoints or str(folder / "checkpoints"), keep=training.keep_checkpoints)
+    path, run = checkpoint.newest(writer.folder), _Run(seed=seed)
     if path is not None:
-        state = checkpoint.load(path, engine, averages=averages)
-        samples, seconds = state["samples"], state["seconds"]
-        if state["seed"] != seed:
-            raise ValueError(f"{path} has seed={state['seed']}, this run seed={seed}; use that seed or another output")
-    writer = _open_logs(folder, samples) if is_first() else None
+        run = _Run.of(checkpoint.load(path, engine, averages=averages))
+        if run.seed != seed:
+            raise ValueError(f"{path} has seed={run.seed}, this run seed={seed}; use that seed or another output")
+    logs = _open_logs(folder, run) if is_first() else None
+    ledger = Ledger(folder / "ledger", samples=run.samples) if training.ledger else None
+    agreement = Agreement(stop=stop, has_written=lambda: writer.has_written, timeout_seconds=scale.timeout_seconds)
+    batches = agreement.batches(
+        training_stream(
+            dataset,
+            start=run.samples,
+            global_batch=batch_size,
+            micro_batch=micro_batch_size,
+            rank=rank,
+            world=world,
+            num_loaders=num_loaders,
+        )
+    )
     if is_first():
         count = sum(torch.Size(f.shape).numel() for f in fragments)
         logger.info(
             "%s: %.2f M parameters, %d workers x %d micro-batches x %d samples a step, %d of %d samples done%s",
             *(type(module).__name__, count / 1e6, world, num_micro_batches, micro_batch_size),
-            *(samples, training.num_samples, f" ({path})" if path else ""),
+            *(run.samples, training.num_samples, f" ({path})" if path else ""),
         )
-    batches = training_stream(
-        dataset,
-        start=samples,
-        global_batch=batch_size,
-        micro_batch=micro_batch_size,
-        rank=rank,
-        world=world,
-        num_loaders=num_loaders,
-    )
 
-    # --- loop: one pass is one micro-batch, and what follows the first `continue` is done once a step
-    complete, asked, stopping = samples >= training.num_samples, False, False
-    window: list[dict[str, float]] = []  # metrics of the steps since the last line of the log
-    begin, clock, shown = time.monotonic() - seconds, time.monotonic(), 0.0
-    while not complete and not stopping:
-        batch = next(batches)
-        lr = training.optim.learning_rate(samples, batch_size=batch_size, num_samples=training.num_samples)
-        losses = engine.forward(batch.to(engine.device))
-        asked = asked or (stop is not None and stop())
-        metrics = engine.step(losses, keys=batch.key, lr=lr, stop=asked)
-        if metrics is None:
-            continue
-        samples, stopping = samples + batch_size, metrics.pop("stop") > 0
-        if half_life:
-            average(averages, fragments, 0.5 ** (batch_size / min(half_life, EMA_RAMP * samples)))
-        window.append(metrics)
+    def begin_checkpoint() -> None:
+        if writer.is_busy:
+            commit_checkpoint()
+        if path is not None and _samples(path) == run.samples:
+            return
+        run.seconds = time.monotonic() - begin
+        writer.begin(engine, averages=averages, config_json=config_json, state=dataclasses.asdict(run))
 
-        complete = samples >= training.num_samples
-        rate = len(window) * batch_size / (time.monotonic() - clock)
+    def commit_checkpoint(*, needed: bool = False) -> None:
+        nonlocal path
+        committed = writer.commit(needed=needed)
+        path = committed or path
+        if committed is not None and report is not None:
+            report({**record, "samples": _samples(committed), "checkpoint": committed})
+
+    # --- loop: one pass is one step, and what follows the `continue` is done after some of them
+    record, loss = dict[str, Any](), math.nan
+    begin, clock, clocked, shown = time.monotonic() - run.seconds, time.monotonic(), run.samples, 0.0
+    while run.samples < training.num_samples or run.is_unevaluated:
+        if not run.is_unevaluated:
+            metrics, seen, outcome = None, [], "applied"
+            run.lr = training.optim.learning_rate(run.samples, batch_size=batch_size, num_samples=training.num_samples)
+            while metrics is None and (batch := next(batches, None)) is not None:
+                if agreement.written:
+                    commit_checkpoint()
+                seen.append(batch)
+                try:
+                    metrics = engine.step(engine.forward(batch.to(engine.device)), keys=batch.key, lr=run.lr)
+                except FloatingPointError as error:
+                    run.num_nonfinite += 1
+                    if training.on_nonfinite == "stop" or run.num_nonfinite > training.max_nonfinite_steps:
+                        raise
+                    if writer.is_busy:  # what a rollback goes back to
+                        commit_checkpoint()
+                    outcome, metrics = _recover(error, training, path, engine, averages), {}
+            if metrics is None:
+                break  # some rank is asked to stop
+            run.samples, run.score = run.samples + batch_size, None
+            if half_life and metrics:
+                average(averages, fragments, 0.5 ** (batch_size / min(half_life, EMA_RAMP * run.samples)))
+            run.add(metrics)
+            loss = metrics.get("train/total", loss)
+            if ledger is not None:
+                ledger.write(seen, outcome=outcome)
+
+        complete = run.samples >= training.num_samples
+        rate = (run.samples - clocked) / (time.monotonic() - clock)
         if progress is not None and is_first() and (complete or time.monotonic() - shown > PROGRESS_SECONDS):
             shown = time.monotonic()
-            progress(samples, training.num_samples, {"loss": metrics["train/total"], "samples/s": rate})
+            progress(run.samples, training.num_samples, {"loss": loss, "samples/s": rate})
 
-        evaluating = complete or _due(training.evaluate_every_samples, samples, batch_size)
-        saving = complete or stopping or _due(training.checkpoint_every_samples, samples, batch_size)
-        if not (evaluating or saving or _due(training.log_every_samples, samples, batch_size)):
+        due = functools.partial(_due, samples=run.samples, batch_size=batch_size)
+        run.is_unevaluated |= val_dataset is not None and (complete or due(training.evaluate_every_samples))
+        saving = due(training.checkpoint_every_samples)
+        if not (run.is_unevaluated or complete or saving or due(training.log_every_samples)):
             continue
-        record: dict[str, float] = {name: sum(m[name] for m in window) / len(window) for name in metrics}
-        record["samples_per_second"] = rate
-        if val_dataset is not None and evaluating:
+        record = {"samples": run.samples, "step": engine.steps, "lr": run.lr, **run.means(), "samples_per_second": rate}
+        if val_dataset is not None and run.is_unevaluated:
             validation = evaluation_stream(
                 val_dataset, batch=micro_batch_size, rank=rank, world=world, num_loaders=num_loaders
             )
-            record |= _validate(engine, validation, samples)
-        seconds = time.monotonic() - begin
-        record = {"samples": samples, "step": engine.steps, "seconds": seconds, "lr": lr, **record}
-        if writer is not None:
-            _log(folder, writer, record)
-        if saving:
-            path = checkpoint.save(
-                folder / "checkpoints",
-                engine,
-                averages=averages,
-                config_json=config_json,
-                state={"samples": samples, "seconds": seconds, "seed": seed},
-                keep=training.keep_checkpoints,
-            )
-            if report is not None:
-                report({**record, "checkpoint": str(path)})
-        window, clock = [], time.monotonic()
+            losses = _validate(engine, agreement.batches(validation), run.samples)
+            if agreement.stopping:
+                break  # it is done again when the run goes on
+            run.is_unevaluated, run.score = False, losses["val/total"]
+            record |= losses
+        record["seconds"] = time.monotonic() - begin
+        if logs is not None:
+            _log(folder, logs, record)
+        run.clear()
+        clock, clocked = time.monotonic(), run.samples
+        if saving and not complete:
+            begin_checkpoint()
 
+    # --- end: the last checkpoint, and of a complete run its weights
+    begin_checkpoint()
+    if writer.is_busy:
+        commit_checkpoint(needed=True)
+    complete = run.samples >= training.num_samples and not run.is_unevaluated
     if complete and is_first():
         assert path is not None
         partial = folder / "model.safetensors.partial"
-        shutil.copyfile(path / ("ema.safetensors" if half_life else "model.safetensors"), partial)
+        save_file(checkpoint.weights(path, average=half_life > 0), partial, {"format": "pt"})
         partial.replace(folder / "model.safetensors")
-    if writer is not None:
-        writer.close()
+    writer.close()
+    for log in (logs, ledger):
+        if log is not None:
+            log.close()
     if dist.is_initialized():
         dist.barrier()
     return complete
 
 
-def _due(every: int | None, samples: int, batch_size: int) -> bool:
+@dataclasses.dataclass
+class _Run:
+    """Where a run stands: what its checkpoints hold besides weights and optimizer state.
+
+    Attributes:
+        samples: seen.
+        seconds: spent.
+        lr: learning rate of the last step.
+        num_nonfinite: steps that were not applied because of values that are not finite.
+        sums, num_summed: of the metrics of the steps since the last line of the log.
+        is_unevaluated: whether the evaluation that is due at these samples is still to be made.
+        score: the validation loss at these very samples, where it was measured.
+    """
+
+    seed: int
+    samples: int = 0
+    seconds: float = 0.0
+    lr: float = 0.0
+    num_nonfinite: int = 0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    num_summed: int = 0
+    is_unevaluated: bool = False
+    score: float | None = None
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "_Run":
+        """From a checkpoint's state.json."""
+        return cls(**{field.name: state[field.name] for field in dataclasses.fields(cls)})
+
+    def add(self, metrics: Metrics) -> None:
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in metrics.items()} or self.sums
+        self.num_summed += bool(metrics)
+
+    def means(self) -> Metrics:
+        return {name: value / self.num_summed for name, value in self.sums.items()}
+
+    def clear(self) -> None:
+        self.sums, self.num_summed = {}, 0
+
+
+def _samples(path: str) -> int:
+    """That a checkpoint has seen."""
+    return int(storage.split(path)[1])
+
+
+def _recover(
+    error: FloatingPointError, training: Training, path: str | None, engine: Engine, averages: Sequence[Fragment]
+) -> str:
+    """Do what is to follow a step that is not finite; returns its outcome for the ledger."""
+    if training.on_nonfinite == "rollback":
+        if path is None:
+            raise FloatingPointError(f"{error}; there is no checkpoint to roll back to") from error
+        checkpoint.load(path, engine, averages=averages)
+        outcome = f"rolled back to {_samples(path)}"
+    else:
+        outcome = "skipped"
+    if is_first():
+        logger.warning("%s; %s", error, outcome)
+    return outcome
+
+
+def _due(every: int | None, *, samples: int, batch_size: int) -> bool:
     """Whether the step that ended at `samples` seen crossed a multiple of `every`."""
     return every is not None and samples // every != (samples - batch_size) // every
 
 
 @torch.no_grad()
 def _validate(engine: Engine, batches: Iterable[Signal], samples: int) -> dict[str, float]:
-    """Means of the losses over all samples of a set, each counted once; all ranks make equally many forward passes."""
+    """Means of the losses over all samples of a set, each counted once; all ranks make equally many forward passes.
+
+    Of no use where the batches ended early because the run is to stop.
+    """
     engine.unwrap().eval()
     sums: dict[str, torch.Tensor] = {}
     count = 0
@@ -228,7 +340,7 @@ def _validate(engine: Engine, batches: Iterable[Signal], samples: int) -> dict[s
         torch.stack([*sums.values(), torch.tensor(count, dtype=torch.float64, device=engine.device)])
     )
     *values, number = totals.tolist()
-    losses = {f"val/{name}": value / number for name, value in zip(sums, values, strict=True)}
+    losses = {f"val/{name}": value / max(1.0, number) for name, value in zip(sums, values, strict=True)}
     return {**losses, "val/total": sum(losses.values())}
 
 
@@ -237,17 +349,18 @@ def _rows(batch: Signal, rows: Sequence[int]) -> Signal:
     return dataclasses.replace(part, key=[batch.key[i] for i in rows], text=[batch.text[i] for i in rows])
 
 
-def _open_logs(folder: Path, samples: int) -> SummaryWriter:
-    """Open the logs to continue after `samples`, without what an interrupted run logged beyond its checkpoint."""
+def _open_logs(folder: Path, run: _Run) -> SummaryWriter:
+    """Open the logs to continue, without what an interrupted run logged beyond its checkpoint."""
+    logged = run.samples - run.is_unevaluated
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.jsonl"
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["samples"] <= samples]
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["samples"] <= logged]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
         partial.replace(path)
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=samples + 1)
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=logged + 1)
 
 
 def _log(folder: Path, writer: SummaryWriter, record: dict[str, Any]) -> None:

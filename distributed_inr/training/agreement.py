@@ -1,0 +1,113 @@
+"""What the ranks agree on between micro-batches: that each has data to go on with, that all have written, or to stop.
+
+A rank may wait for its data for long, while the others wait for it. So before each micro-batch all ranks say whether
+they have theirs, again and again until all do or one of them is asked to stop: a stop is never out of step, and never
+waits for data.
+"""
+
+import contextlib
+import datetime
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from distributed_inr.domains.domain import Signal
+
+_PATIENCE_SECONDS = 0.1
+"""How long a rank waits for its data before it tells the others that it has none yet."""
+
+
+class Agreement:
+    """Goes through batches together with the other ranks.
+
+    Attributes:
+        stopping: whether any rank was asked to stop. All ranks learn it at the same micro-batch.
+        written: whether every rank said, at the last micro-batch, that its part of a checkpoint is written.
+
+    Args:
+        stop: whether this rank is asked to stop.
+        has_written: whether this rank has written its part.
+        timeout_seconds: how long a rank may wait for the others, or for its data.
+    """
+
+    def __init__(self, *, stop: Callable[[], bool], has_written: Callable[[], bool], timeout_seconds: int) -> None:
+        self.stopping = self.written = False
+        self._stop, self._has_written, self._timeout_seconds = stop, has_written, timeout_seconds
+        self._world, self._group = 1, None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # A group of its own, on the CPU: a GPU need not be waited for.
+            self._world = dist.get_world_size()
+            timeout = datetime.timedelta(seconds=timeout_seconds)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def batches(self, batches: Iterator[Signal]) -> Iterator[Signal]:
+        """The same batches, each as soon as every rank has its own; ends when `stopping`."""
+        with _Reader(batches) as reader:
+            while True:
+                reader.ask()
+                if not self._wait(reader):
+                    return
+                batch = reader.take()
+                if batch is None:
+                    return
+                yield batch
+
+    def _wait(self, reader: "_Reader") -> bool:
+        """Wait until every rank has its batch; False when it is time to stop instead."""
+        begin = time.monotonic()
+        while True:
+            here = reader.wait(_PATIENCE_SECONDS)
+            ready, stopping, written = self._count(here, self._stop(), self._has_written())
+            self.stopping, self.written = stopping > 0, written == self._world
+            if self.stopping or ready == self._world:
+                return not self.stopping
+            if not here and time.monotonic() - begin > self._timeout_seconds:
+                raise TimeoutError(f"no data for {self._timeout_seconds} s; see whether the shards can be read")
+
+    def _count(self, *answers: bool) -> list[int]:
+        """How many ranks say yes, to each of several questions."""
+        if self._group is None:
+            return [int(answer) for answer in answers]
+        counts = torch.tensor(answers, dtype=torch.int32)
+        dist.all_reduce(counts, group=self._group)
+        return counts.tolist()
+
+
+class _Reader(contextlib.AbstractContextManager):
+    """Reads the next batch when asked to, on a thread that nobody has to wait for."""
+
+    def __init__(self, batches: Iterator[Signal]) -> None:
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[Signal | BaseException | None] = queue.SimpleQueue()
+        self._here = threading.Event()
+        threading.Thread(target=self._read, args=(batches,), name="reader", daemon=True).start()
+
+    def ask(self) -> None:
+        self._here.clear()
+        self._asked.put(True)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the batch is there within that time."""
+        return self._here.wait(seconds)
+
+    def take(self) -> Signal | None:
+        """The batch; None at the end."""
+        found = self._found.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def __exit__(self, *error: object) -> None:
+        self._asked.put(False)
+
+    def _read(self, batches: Iterator[Signal]) -> None:
+        while self._asked.get():
+            try:
+                self._found.put(next(batches, None))
+            except BaseException as error:
+                self._found.put(error)
+            self._here.set()
