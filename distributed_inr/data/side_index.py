@@ -10,7 +10,6 @@ import re
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +58,10 @@ class SideIndex:
 
     @staticmethod
     def build(path: Path) -> "SideIndex":
-        """Index a tar: links, devices and names that point outside are passed over, a cut tar is read up to the cut."""
+        """Index a tar: links, devices and names that point outside are passed over.
+
+        A tar that is cut short or damaged keeps the samples before that, less the last, which may lack members.
+        """
         keys: list[str] = []
         first: list[int] = [0]
         members: list[tuple[int, int, int, int]] = []
@@ -69,7 +71,8 @@ class SideIndex:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
-            for name, offset, length in _members(path, size, ignored):
+            found, cut = _members(path, size, ignored)
+            for name, offset, length in found:
                 match = MEMBER_NAME.match(name)
                 if match is None or match.group(2).lower() == "__key__":
                     ignored["name without a suffix"] += 1
@@ -89,6 +92,14 @@ class SideIndex:
                 for start in range(offset, offset + length, _CHUNK):
                     crc32 = zlib.crc32(os.pread(file.fileno(), min(_CHUNK, offset + length - start), start), crc32)
                 members.append((offset, length, crc32, suffixes.setdefault(suffix, len(suffixes))))
+        if cut is not None:
+            lost = keys.pop() if keys else "none"
+            del members[first.pop() :]
+            logger.warning(
+                "shard %s is cut short or damaged after byte %d: sample %s is left out with all that followed it, "
+                "the %d before it are used",
+                *(path, cut, lost, len(keys)),
+            )
         first.append(len(members))
         for reason, count in ignored.items():
             logger.warning("shard %s: %d members passed over: %s", path, count, reason)
@@ -151,16 +162,22 @@ class SideIndex:
         )
 
 
-def _members(path: Path, size: int, ignored: collections.Counter[str]) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and length of the regular members of a tar, in order; nothing is unpacked."""
+def _members(path: Path, size: int, ignored: collections.Counter[str]) -> tuple[list[tuple[str, int, int]], int | None]:
+    """Name, offset and length of the regular members of a tar, in order, and where it is cut short or damaged, if so.
+
+    Nothing is unpacked. A member that is cut is the last one, so that the sample it belongs to is known.
+    """
+    found: list[tuple[str, int, int]] = []
     end, last = 0, -1
     try:
         with _Headers(open(path, "rb", buffering=0)) as headers, tarfile.open(fileobj=headers, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-                if member.size < 0 or member.offset <= last or member.offset_data + member.size > size:
+                if member.size < 0 or member.offset <= last:
                     break
-                end, last = member.offset_data + -(-member.size // 512) * 512, member.offset
+                length, last = min(member.size, size - member.offset_data), member.offset
+                if length == member.size:
+                    end = member.offset_data + -(-member.size // 512) * 512
                 if not member.isreg() or member.issparse():
                     ignored["not a regular file"] += 1
                 elif member.name.startswith("/") or ".." in member.name.split("/"):
@@ -168,16 +185,16 @@ def _members(path: Path, size: int, ignored: collections.Counter[str]) -> Iterat
                 elif len(member.name) > _MAX_NAME or _UNPRINTABLE.search(member.name):
                     ignored["name with control characters, not in UTF-8, or too long"] += 1
                 elif not re.match(r"__[^/]*__($|/)", member.name):
-                    yield member.name, member.offset_data, member.size
+                    found.append((member.name, member.offset_data, length))
+                if length < member.size:
+                    break
     except (tarfile.TarError, ValueError, OverflowError) as error:  # tarfile parses numbers that others wrote
         if end == 0:
             raise ValueError(f"{path} is not an uncompressed tar ({error}); decompress it or pack it again") from None
     with open(path, "rb") as file:
         file.seek(end)
-        if file.read(512).strip(b"\0") or size < end + 512:
-            logger.warning(
-                "shard %s is cut short or damaged after byte %d; the samples before that are used", path, end
-            )
+        whole = size >= end + 512 and not file.read(512).strip(b"\0")
+    return found, None if whole else end
 
 
 class _Headers(io.BufferedReader):
