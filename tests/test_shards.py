@@ -147,23 +147,6 @@ def test_some_shards_of_a_set_are_named_by_braces_and_patterns(tmp_path: Path) -
 # Damage
 
 
-def test_a_missing_shard_is_one_clear_line_at_the_start(tmp_path: Path) -> None:
-    index = write_set(tmp_path / "set", 30)
-    (tmp_path / "set" / "000002.tar").unlink()
-    with pytest.raises(ValueError, match=r"1 of 5 shards are missing, first 000002.tar; restore"):
-        index.check()
-    with pytest.raises(ValueError, match=r"000009.tar is missing; restore it or correct the numbers"):
-        load_index(f"{tmp_path}/set/{{000003..000009..6}}.tar")
-
-
-def test_a_truncated_shard_is_one_clear_line_at_the_start(tmp_path: Path) -> None:
-    index = write_set(tmp_path / "set", 10)
-    path = tmp_path / "set" / "000000.tar"
-    os.truncate(path, path.stat().st_size - 4096)
-    with pytest.raises(ValueError, match=r"000000.tar has \d+ bytes, its index says \d+: it was changed or cut short"):
-        index.check()
-
-
 def test_a_changed_byte_is_found_at_the_start_of_a_small_set(tmp_path: Path) -> None:
     index = write_set(tmp_path / "set", 10)
     flip(tmp_path / "set" / "000001.tar", 600)
@@ -272,22 +255,9 @@ def test_a_remote_set_is_fetched_whole_and_read_like_a_local_one(tmp_path: Path,
     assert sorted(p.stem for p in cache.folder.glob("*.tar")) == sorted(shard.sha256 for shard in index.shards)
 
 
-def test_a_remote_shard_that_was_changed_does_not_enter_the_cache(cache: Cache, remote: str) -> None:
-    index = load_index(remote, cache=cache)
-    store = fsspec.filesystem("memory")
-    content = bytearray(store.cat_file("/bucket/set/000001.tar"))
-    content[700] ^= 1
-    store.pipe_file("/bucket/set/000001.tar", bytes(content))
-    with pytest.raises(ValueError, match=r"000001.tar has sha256 .* it was changed or damaged"):
-        records(index, cache)
-    assert index.shards[1].sha256 not in {p.stem for p in cache.folder.glob("*")}
-
-
-def test_a_missing_remote_shard_is_one_clear_line(cache: Cache, remote: str) -> None:
+def test_a_remote_shard_that_goes_missing_is_one_clear_line(cache: Cache, remote: str) -> None:
     index = load_index(remote, cache=cache)
     fsspec.filesystem("memory").rm("/bucket/set/000003.tar")
-    with pytest.raises(ValueError, match="1 of 5 shards are missing, first 000003.tar"):
-        index.check()
     with pytest.raises(ValueError, match=r"000003.tar is missing but its index lists it"):
         OpenShard(index.shards[3], cache)
 
@@ -295,7 +265,7 @@ def test_a_missing_remote_shard_is_one_clear_line(cache: Cache, remote: str) -> 
 def test_foreign_remote_tars_are_fetched_once_and_remembered(cache: Cache, remote: str) -> None:
     fsspec.filesystem("memory").rm("/bucket/set/index.json")
     index = load_index(remote, cache=cache)
-    fsspec.filesystem("memory").rm("/bucket/set/000000.tar")
+    fsspec.filesystem("memory").pipe_file("/bucket/set/000000.tar", b"fetched again")
     again = load_index(f"{remote}/{{000000..000004}}.tar", cache=cache)
     assert again.fingerprint == index.fingerprint
     assert len(records(index, cache)) == 35

@@ -89,7 +89,8 @@ class Cache:
                 raise ValueError(changed(url, found, sha256))
             os.replace(part, path)
         except FileNotFoundError:
-            raise ValueError(f"shard {url} {_MISSING}") from None
+            what = _MISSING if sha256 is not None else "is missing; restore it or correct the address"
+            raise ValueError(f"shard {url} {what}") from None
         except OSError as error:
             raise storage.explain(error, str(self.folder)) from error
         finally:

@@ -105,11 +105,7 @@ class ShardIndex:
                     "restore them or prepare the set again"
                 )
             for shard in shards:
-                if files[shard.name] != shard.bytes:
-                    raise ValueError(
-                        f"shard {shard.url} has {files[shard.name]} bytes, its index says {shard.bytes}: it was "
-                        "changed or cut short; restore it or prepare the set again"
-                    )
+                _check_size(shard, files[shard.name])
         if self.num_bytes <= _HASH_AT_START_BYTES:
             for shard in self.shards:
                 if shard.is_local:
@@ -122,6 +118,14 @@ def check_sha256(shard: Shard) -> None:
         raise ValueError(changed(shard.url, found, shard.sha256))
 
 
+def _check_size(shard: Shard, found: int) -> None:
+    if found != shard.bytes:
+        raise ValueError(
+            f"shard {shard.url} has {found} bytes, its index says {shard.bytes}: it was changed or cut short; "
+            "restore it or prepare the set again"
+        )
+
+
 class OpenShard:
     """One shard on the local disk, open for reading by sample number."""
 
@@ -129,6 +133,7 @@ class OpenShard:
         self.shard = shard
         path, self._descriptor = cache.open(shard.url, shard.sha256)
         self.close = weakref.finalize(self, os.close, self._descriptor)
+        _check_size(shard, os.fstat(self._descriptor).st_size)
         self.side = cache.side_index(path, wanted=lambda side: side.sha256 == shard.sha256)
         if self.side.sha256 != shard.sha256 or len(self.side) != shard.samples:
             raise ValueError(changed(shard.url, self.side.sha256, shard.sha256))
@@ -388,6 +393,15 @@ def _load_tars(folder: str, names: Sequence[str], cache: Cache) -> ShardIndex:
     """Some tars of a folder, by name: from its `index.json` where that lists them."""
     index = read_index(folder)
     listed = {shard.name: shard for shard in index.shards} if index else {}
+    unlisted = [name for name in names if name not in listed]
+    if unlisted and not folder.startswith(("http:", "https:")):  # before any is indexed, which takes long
+        files = storage.list_files(folder)
+        missing = [name for name in unlisted if name not in files]
+        if missing:
+            raise ValueError(
+                f"{folder}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}; "
+                "restore them or correct the address"
+            )
     shards = tuple(listed.get(name) or _foreign_shard(folder, name, cache) for name in names)
     return ShardIndex(shards, domain=index.domain if index else None, protocol=index.protocol if index else {})
 
@@ -397,8 +411,6 @@ def _foreign_shard(folder: str, name: str, cache: Cache) -> Shard:
     url = name if name.startswith("pipe:") else storage.join(folder, name)
     if storage.is_local(url):
         path = Path(url)
-        if not path.exists():
-            raise ValueError(f"shard {url} is missing; restore it or correct the numbers in the braces")
         size = path.stat().st_size
         side = cache.side_index(path, wanted=lambda side: side.num_bytes == size)
     else:
