@@ -170,14 +170,12 @@ def _walk(root: Path) -> list[Picture]:
     files = (Path(place, name) for place, _, names in os.walk(root) for name in names)
     pictures = [_picture(root, f) for f in files if f.suffix.lower() in FILE_SUFFIXES and not f.name.startswith(".")]
     pictures.sort(key=lambda picture: picture.name)
-    seen: dict[str, str] = {}
+    seen: set[str] = set()
     for index, picture in enumerate(pictures):
         if picture.key in seen:  # a.png beside a.jpg: the suffix tells them apart
             suffix = Path(picture.name).suffix[1:].lower()
             pictures[index] = picture = replace(picture, key=f"{picture.key}-{suffix}")
-        if picture.key in seen:
-            raise ValueError(f"{root}: {picture.name} and {seen[picture.key]} would have one key; rename one")
-        seen[picture.key] = picture.name
+        seen.add(picture.key)
     return pictures
 
 

@@ -18,7 +18,7 @@ from distributed_inr import config
 from distributed_inr.data import pictures, storage
 from distributed_inr.data.cache import Cache
 from distributed_inr.data.layouts import LAYOUTS, Part, Picture, select
-from distributed_inr.data.shards import OpenShard, ShardIndex, ShardWriter, load_index, read_index
+from distributed_inr.data.shards import OpenShard, Shard, ShardIndex, ShardWriter, load_index, read_index
 from distributed_inr.domains.domain import Record, caption
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,11 @@ def prepare_images(source: Path, out: str, plan: Plan, *, metadata: Path | None 
             f"{source}: no pictures for --layout {plan.layout} {wanted}".rstrip()
             + f"; check the path, the layout and the filters (files: {' '.join(pictures.FILE_SUFFIXES)})"
         )
+    names: dict[str, str] = {}
+    for picture in found:
+        if picture.key in names:
+            raise ValueError(f"{source}: {names[picture.key]} and {picture.name} would have one key; rename one")
+        names[picture.key] = picture.name
     split, sides = _split(found, plan)
     protocol = _protocol(plan, split, found, sides)
     _begin(out, protocol)
@@ -105,7 +110,7 @@ def verify(url: str, *, cache: Cache | None = None) -> list[str]:
     cache = cache or Cache()
     index = load_index(url, cache=cache)
     problems: list[str] = []
-    hashes: list[np.ndarray] = []
+    hashes: list[tuple[Shard, np.ndarray]] = []
     for shard in tqdm(index.shards, desc="verify", unit="shard", disable=None):
         try:
             opened = OpenShard(shard, cache)
@@ -121,11 +126,17 @@ def verify(url: str, *, cache: Cache | None = None) -> list[str]:
             except ValueError as error:
                 problems.append(str(error))
         keys = (hashlib.blake2b(opened.side.key(i).encode(), digest_size=8).digest() for i in range(len(opened)))
-        hashes.append(np.frombuffer(b"".join(keys), dtype="<u8"))
+        hashes.append((shard, np.frombuffer(b"".join(keys), dtype="<u8")))
         opened.close()
-    values, counts = np.unique(np.concatenate(hashes), return_counts=True) if hashes else (np.empty(0), np.empty(0))
+    values, counts = np.unique(np.concatenate([np.empty(0, "<u8"), *(own for _, own in hashes)]), return_counts=True)
     if len(doubled := values[counts > 1]):
-        problems.append(f"{len(doubled)} keys occur more than once, such as {_key_of(index, doubled[0], cache)!r}")
+        places = [(shard, int(sample)) for shard, own in hashes for sample in np.flatnonzero(own == doubled[0])]
+        (first, sample), (second, _) = places[:2]
+        key = OpenShard(first, cache).side.key(sample)
+        problems.append(
+            f"{len(doubled)} keys occur more than once, such as {key!r} in {first.url} and in {second.url}; "
+            "pack one of the samples again under another key"
+        )
     return problems
 
 
@@ -312,13 +323,3 @@ def _records(index: ShardIndex, cache: Cache, limit: int) -> Iterator[Record]:
         opened.close()
         if limit <= 0:
             return
-
-
-def _key_of(index: ShardIndex, digest: np.uint64, cache: Cache) -> str:
-    for shard in index.shards:
-        side = OpenShard(shard, cache).side
-        for sample in range(len(side)):
-            key = side.key(sample)
-            if hashlib.blake2b(key.encode(), digest_size=8).digest() == digest.tobytes():
-                return key
-    raise AssertionError("the digest is of one of the keys")
