@@ -344,12 +344,13 @@ class _EvaluationBatches(Dataset):
     def __getitem__(self, step: int) -> Signal | ValueError:
         first, last = step * self.batch * self.world + self.rank, len(self.dataset) - 1
         numbers = range(first, first + self.batch * self.world, self.world)
-        try:
-            found = [self.dataset.signal(min(number, last)) for number in numbers]
+        wanted = [min(number, last) for number in numbers]
+        try:  # the sample that fills up a last step is read once, lest a bad one be counted as many
+            found = {number: self.dataset.signal(number) for number in dict.fromkeys(wanted)}
         except ValueError as error:
             return error
-        mask = [number <= last and good for number, (_, good) in zip(numbers, found, strict=True)]
-        return replace(collate([signal for signal, _ in found]), mask=torch.tensor(mask))
+        mask = [number <= last and found[number][1] for number in numbers]
+        return replace(collate([found[number][0] for number in wanted]), mask=torch.tensor(mask))
 
 
 def stream(batches: Dataset, numbers: Iterable[int], num_loaders: int) -> Iterator[Signal]:
