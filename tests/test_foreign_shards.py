@@ -55,19 +55,6 @@ def test_a_foreign_tar_that_was_replaced_is_another_set(tmp_path: Path, cache: C
     assert after.fingerprint != before.fingerprint
 
 
-@pytest.mark.parametrize("cut", [0.3, 0.5, 0.9])
-def test_a_truncated_foreign_tar_keeps_its_whole_samples(
-    tmp_path: Path, cache: Cache, cut: float, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "set" / "0.tar"
-    write_tar(path, {f"{i}.bin": os.urandom(700) for i in range(10)})
-    os.truncate(path, int(path.stat().st_size * cut))
-    index = load_index(str(tmp_path / "set"), cache=cache)
-    assert 0 < index.num_samples < 10 or cut == 0.9
-    assert all(len(record["bin"]) == 700 for record in records(index, cache))
-    assert "cut short or damaged" in caplog.text or index.num_samples == 10
-
-
 @pytest.mark.parametrize("kind", ["gz", "garbage", "empty", "no samples", "doubled member"])
 def test_what_is_no_tar_of_samples_is_one_clear_line(tmp_path: Path, cache: Cache, kind: str) -> None:
     path = tmp_path / "0.tar"

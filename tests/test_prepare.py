@@ -304,13 +304,6 @@ def test_verify_finds_nothing_in_a_good_set_and_every_fault_in_a_bad_one(tmp_pat
     )
 
 
-def test_verify_finds_keys_that_occur_twice(tmp_path: Path) -> None:
-    write_set(tmp_path / "a", 5)
-    write_set(tmp_path / "b", 7)
-    [problem] = verify(f"{tmp_path}/{{a,b}}")
-    assert problem.startswith("5 keys occur more than once, such as '00")
-
-
 def test_describe_counts(tmp_path: Path) -> None:
     make_views(tmp_path)
     prepare_images(tmp_path / "views", str(tmp_path / "out"), Plan(layout="views", split="none"))

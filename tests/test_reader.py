@@ -24,7 +24,7 @@ from distributed_inr.data.reader import (
     read_latent,
     training_stream,
 )
-from distributed_inr.data.shards import ShardDamaged, ShardWriter, load_index
+from distributed_inr.data.shards import ShardWriter, load_index
 from distributed_inr.domains import Image
 from distributed_inr.domains.domain import Signal
 from distributed_inr.randomness import sample_seed
@@ -144,40 +144,6 @@ def test_evaluation_is_in_the_sets_own_order(tmp_path: Path) -> None:
 # Bad samples
 
 
-@pytest.mark.parametrize("loaders", [0, 2])
-def test_a_bad_sample_is_replaced_by_the_next_good_one_of_its_shard(
-    tmp_path: Path, loaders: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    dataset = make(tmp_path / "set", 45, bad=(5, 6, 20), max_bad_fraction=0.1)
-    found = steps(dataset, start=0, count=5, global_batch=9, micro_batch=9, world=1, loaders=loaders)
-    keys = sorted(key for step in found for _, key, _ in step)
-    expected = [{5: 0, 6: 0, 20: 14}.get(i, i) for i in range(45)]  # a shard's end wraps to its beginning
-    assert keys == sorted(f"{i:03d}" for i in expected)
-    if loaders == 0:
-        assert (dataset.num_read, dataset.num_bad) == (45, 3)
-        assert "bad sample 005 in" in caplog.text and "replaced by the next" in caplog.text
-
-
-def test_counts_of_loader_processes_reach_the_rank(tmp_path: Path) -> None:
-    dataset = make(tmp_path / "set", 45, bad=(20,), max_bad_fraction=0.5)
-    list(evaluation_stream(dataset, batch=5, num_loaders=2))
-    assert (dataset.num_read, dataset.num_bad) == (45, 1)
-
-
-@pytest.mark.parametrize("loaders", [0, 2])
-def test_too_many_bad_samples_stop_the_run_with_one_line(tmp_path: Path, loaders: int) -> None:
-    dataset = make(tmp_path / "set", 45, bad=(5, 6, 20), max_bad_fraction=0.02)
-    with pytest.raises(ValueError, match=r"^\d of 45 samples are bad, above data.max_bad_fraction=0.02; the last: "):
-        steps(dataset, start=0, count=5, global_batch=9, micro_batch=9, world=1, loaders=loaders)
-
-
-def test_a_bad_sample_does_not_count_in_evaluation(tmp_path: Path) -> None:
-    dataset = make(tmp_path / "set", 21, bad=(4, 20), max_bad_fraction=0.5)
-    batches = list(evaluation_stream(dataset, batch=8))
-    counted = [key for b in batches for key, good in zip(b.key, b.mask, strict=True) if good]
-    assert counted == [f"{i:03d}" for i in range(21) if i not in (4, 20)]
-
-
 def test_a_shard_without_any_good_sample_is_one_clear_line(tmp_path: Path) -> None:
     dataset = make(tmp_path / "set", 7, bad=tuple(range(7)), max_bad_fraction=1.0)
     with pytest.raises(ValueError, match="none of its 7 samples is good"):
@@ -244,17 +210,6 @@ def test_values_that_are_not_finite_are_contained(tmp_path: Path) -> None:
 
     dataset = ShardDataset(index, read=read, seed=0, max_bad_fraction=1.0)
     assert [dataset[p].key for p in range(3)] == ["000", "002", "002"]
-
-
-def test_a_shard_that_changes_under_a_run_stops_it(tmp_path: Path) -> None:
-    dataset = make(tmp_path / "set", 7)
-    dataset[0]
-    path = tmp_path / "set" / "000000.tar"
-    content = bytearray(path.read_bytes())
-    content[512:1024] = bytes(512)
-    path.write_bytes(content)
-    with pytest.raises(ShardDamaged, match=r"000.png differs from its index \(crc32\)"):
-        [dataset[p] for p in range(7)]
 
 
 # Arguments, configs, latents
