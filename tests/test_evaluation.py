@@ -213,9 +213,6 @@ def test_inception_weights_that_are_not_such_are_refused(tmp_path: Path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="is not a file of torch-fidelity's Inception weights"):
         metrics.Inception(tmp_path / "other.pth")
-    torch.save({"run": print}, tmp_path / "code.pth")  # unpickling a function is not loading tensors
-    with pytest.raises(ValueError, match="Weights only load failed"):
-        metrics.Inception(tmp_path / "code.pth")
 
 
 @pytest.mark.slow
