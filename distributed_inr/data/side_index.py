@@ -152,13 +152,14 @@ class SideIndex:
 
     def _is_sound(self) -> bool:
         """Whether its numbers fit each other: anybody can write a crc32 that fits."""
-        return (
+        ends = np.concatenate([[0], self.key_ends, [len(self.keys)]]).astype(np.int64)
+        return bool(
             all(isinstance(suffix, str) and suffix != "__key__" for suffix in self.suffixes)
-            and bool((self.members["suffix"] < len(self.suffixes)).all())
+            and (self.members["suffix"] < len(self.suffixes)).all()
             and self.first[0] == 0
             and self.first[-1] == len(self.members)
-            and bool((self.first[1:] >= self.first[:-1]).all())
-            and bool((np.diff(self.key_ends, prepend=0, append=len(self.keys)) >= 0).all())
+            and (self.first[1:] >= self.first[:-1]).all()
+            and (ends[1:] >= ends[:-1]).all()
         )
 
 

@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -22,6 +23,7 @@ from tiny_sets import png, records, write_set
 
 from distributed_inr.data.cache import Cache
 from distributed_inr.data.shards import load_index
+from distributed_inr.data.side_index import SideIndex
 
 MEMORY_MB = 200
 BOMB_BYTES = 400_000_000
@@ -163,6 +165,27 @@ def test_fault_58_an_index_that_points_outside_the_cache_is_refused(tmp_path: Pa
         store.rm("/hostile", recursive=True)
 
 
+LYING_INDEXES: dict[str, Callable[[SideIndex], SideIndex]] = {
+    "suffixes that are not there": lambda side: replace(side, suffixes=()),
+    "a suffix that is the key's name": lambda side: replace(side, suffixes=("__key__", *side.suffixes[1:])),
+    "samples beyond the members": lambda side: replace(side, first=side.first + np.uint32(1)),
+    "keys that end before they start": lambda side: replace(side, key_ends=side.key_ends[::-1].copy()),
+    "keys that are not UTF-8": lambda side: replace(side, keys=b"\xff" * len(side.keys)),
+}
+
+
+@pytest.mark.parametrize("name", LYING_INDEXES)
+def test_fault_58_a_side_index_whose_numbers_lie_is_made_again(tmp_path: Path, cache: Cache, name: str) -> None:
+    """side index from a stranger whose crc32 fits and whose numbers do not: made again from the tar."""
+    expected = records(write_set(tmp_path / "set", 3), cache)
+    path = tmp_path / "set" / "000000.tar.idx"
+    good = SideIndex.from_bytes(path.read_bytes())
+    assert good is not None
+    path.write_bytes(LYING_INDEXES[name](good).to_bytes())
+    assert records(load_index(str(tmp_path / "set"), cache=cache), cache) == expected
+    assert path.read_bytes() == good.to_bytes()
+
+
 def test_fault_58_the_cache_evicts_no_file_of_others(tmp_path: Path) -> None:
     """a cache folder that holds other tars: they stay, whatever size the cache may have."""
     index = write_set(tmp_path / "set", 3)
@@ -197,7 +220,7 @@ ADDRESSES = [
 
 @pytest.mark.parametrize("url", ADDRESSES)
 def test_fault_61_addresses_that_run_commands_or_reach_inside_are_refused(tmp_path: Path, url: str) -> None:
-    """shard address that runs a command, names a file: or a metadata service: refused before anything is opened."""
+    """shard address that runs a command, names a local file or a metadata service: refused before anything is opened."""
     url = url.format(tmp_path)
     cache = Cache(str(tmp_path / "cache"), gib=1.0)
     words = r"run a command|unknown kind of address|metadata service|chained"

@@ -310,7 +310,7 @@ def test_fault_60_a_job_refuses_such_a_config_with_code_2(
 
 
 def test_fault_61_a_run_folder_cannot_allow_its_own_commands(run: Path, tmp_path: Path) -> None:
-    """run folder from a stranger whose config.json allows and names a pipe: address: evaluating it is refused."""
+    """run folder from a stranger whose config.json lets its data addresses run commands: evaluating it is refused."""
     changes = {"data.allow_pipe": True, "data.train": f"pipe:touch {tmp_path}/owned"}
     experiment: Experiment = override(read_experiment(run), changes)
     (run / "config.json").write_text(dinr.config.to_json(experiment))
