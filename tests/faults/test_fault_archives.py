@@ -220,7 +220,7 @@ ADDRESSES = [
 
 @pytest.mark.parametrize("url", ADDRESSES)
 def test_fault_61_addresses_that_run_commands_or_reach_inside_are_refused(tmp_path: Path, url: str) -> None:
-    """shard address that runs a command, names a local file or a metadata service: refused before anything is opened."""
+    """shard address that runs a command, names a file or a metadata service: refused before anything is opened."""
     url = url.format(tmp_path)
     cache = Cache(str(tmp_path / "cache"), gib=1.0)
     words = r"run a command|unknown kind of address|metadata service|chained"
