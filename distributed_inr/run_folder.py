@@ -30,6 +30,7 @@ class Stage:
 
     folder: Path
     options: Mapping[str, Any]
+    accept_changed: bool = False
 
     @property
     def _record(self) -> Mapping[str, Any] | None:
@@ -58,16 +59,18 @@ class Stage:
             )
 
     def is_complete(self, inputs: Mapping[str, str]) -> bool:
-        """Whether it can be skipped. Raises ValueError if it was made from other inputs."""
+        """Whether it can be skipped. Raises ValueError if it was made from other inputs, unless these are accepted."""
         record = self._record
         if record is None:
             return False
         changed = sorted(differences(record["inputs"], inputs))
-        if changed:
+        if changed and not self.accept_changed:
             raise ValueError(
                 f"{self.folder} was made from other inputs ({', '.join(changed)}). Restore them, choose another --name "
-                f"or --output, or delete {self.folder} to make it again"
+                f"or --output, delete {self.folder} to make it again, or accept them: --data.accept-changed"
             )
+        if changed:
+            logger.warning("%s was made from other inputs (%s), which are accepted", self.folder, ", ".join(changed))
         return record["complete"]
 
     def is_current(self, inputs: Mapping[str, str]) -> bool:
@@ -103,6 +106,7 @@ class Stage:
 def settle_output(experiment: Experiment, *, shared: bool) -> Experiment:
     """The experiment with its output where it can stay: absolute if nodes share it, or Ray runs a copy of the code."""
     output = experiment.output
+    storage.check_url(output)
     if not storage.is_local(output):
         raise ValueError(f"output={output!r} is an object store, which cannot hold a running run; use a shared folder")
     if not shared or Path(output).expanduser().is_absolute():
@@ -142,6 +146,27 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
         file.flush()
         yield
+
+
+def check_checkpoints(experiment: Experiment, *, shared: bool) -> None:
+    """Refuse a place of its own for checkpoints that cannot be written, or that other nodes would not find."""
+    place = experiment.checkpoints
+    if place is None:
+        return
+    storage.check_url(place)
+    if shared and storage.is_local(place) and not Path(place).expanduser().is_absolute():
+        raise ValueError(
+            f"checkpoints={place!r} is relative: inside a Ray job, and on several nodes, it must be an object store or "
+            "an absolute folder that all nodes share"
+        )
+    probe = storage.join(experiment.checkpoints_of(".probe"), socket.gethostname())
+    try:
+        if storage.is_local(probe):
+            Path(probe).parent.mkdir(parents=True, exist_ok=True)
+        storage.write_atomic(probe, b"")
+        storage.remove_folder(storage.split(probe)[0])
+    except OSError as error:
+        raise storage.explain(error, place) from None
 
 
 def write_text(path: Path, text: str) -> None:

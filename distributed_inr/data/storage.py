@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -20,6 +21,14 @@ logger = logging.getLogger(__name__)
 
 _SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "hf", "http", "https", "memory")
 _ATTEMPTS = 4
+_METADATA = tuple(
+    map(
+        ipaddress.ip_network,
+        ("169.254.0.0/16", "100.100.100.200/32", "192.0.0.192/32", "fe80::/10", "fd00:ec2::/32")
+        + ("64:ff9b::a9fe:0/112", "2002:a9fe::/32"),  # the first of these by NAT64 and 6to4
+    )
+)
+"""Where clouds tell a machine its own credentials."""
 
 BUNDLED = Path(__file__).parents[2] / "examples" / "data"
 """Where a checkout keeps its example sets; they are no part of the installed package."""
@@ -40,27 +49,44 @@ def resolve(url: str) -> str:
 
 
 def check_url(url: str, *, allow_pipe: bool = False) -> None:
-    """Refuse addresses that would run a command or reach a machine's metadata service."""
+    """Refuse addresses that would run a command, hold a password or reach a machine's metadata service."""
     if url.startswith("pipe:"):
         if not allow_pipe:
             raise ValueError(f"{url!r} would run a command in a shell; set data.allow_pipe=true if you trust it")
         return
     if is_local(url):
         return
-    parts = urlsplit(url)
-    if parts.scheme not in _SCHEMES:
-        raise ValueError(f"{url!r}: unknown kind of address {parts.scheme!r}; use a local path or one of {_SCHEMES}")
-    host = parts.hostname or ""
-    try:
-        link_local = ipaddress.ip_address(host).is_link_local
-    except ValueError:
-        link_local = host.startswith("metadata.")
-    if link_local:
+    scheme, _, rest = url.partition(":")
+    if re.match(r"//[^/@]*:(?!\d*(/|$))[^@]*@", rest):  # a secret key may hold slashes
+        raise ValueError(
+            f"{scheme}://...@{rest.rpartition('@')[2]} holds a user name and a password, which would be written to "
+            "logs and config.json; leave them out and give them to the store's own client (AWS_*, ~/.netrc, ...)"
+        )
+    if scheme.lower() not in _SCHEMES:
+        raise ValueError(f"{url!r}: unknown kind of address {scheme!r}; use a local path or one of {_SCHEMES}")
+    if _is_metadata(urlsplit(url).hostname or ""):
         raise ValueError(f"{url!r} is a machine's own metadata service; shards are never read from there")
+    if "::" in url:
+        raise ValueError(f"{url!r} is a chained address; give the place itself")
+
+
+def _is_metadata(host: str) -> bool:
+    """Whether a host is a metadata service, in any notation that resolvers take: 2852039166 is 169.254.169.254."""
+    if host in ("metadata", "instance-data") or host.startswith("metadata.") or not host.isascii():
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        try:
+            address = ipaddress.ip_address(socket.inet_aton(host))
+        except OSError:
+            return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return any(address in network for network in _METADATA)
 
 
 def is_local(url: str) -> bool:
-    return re.match(r"[a-z][a-z0-9+.-]*:", url) is None
+    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:", url) is None
 
 
 def join(folder: str, name: str) -> str:

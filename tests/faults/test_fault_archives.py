@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 from tiny_sets import png, records, write_set
 
+from distributed_inr.data import storage
 from distributed_inr.data.cache import Cache
 from distributed_inr.data.shards import load_index
 from distributed_inr.data.side_index import SideIndex
@@ -215,6 +216,20 @@ ADDRESSES = [
     "http://metadata.google.internal/x.tar",
     "http://METADATA.google.internal./x.tar",
     "http://[fe80::1]/x.tar",
+    "http://2852039166/x.tar",
+    "http://0xa9fea9fe/x.tar",
+    "http://0251.0376.0251.0376/x.tar",
+    "http://169.254.43518/x.tar",
+    "http://[::ffff:169.254.169.254]/x.tar",
+    "http://[::ffff:a9fe:a9fe]/x.tar",
+    "http://[fd00:ec2::254]/x.tar",
+    "http://[64:ff9b::a9fe:a9fe]/x.tar",
+    "http://\u2460\u2465\u2468.254.169.254/x.tar",
+    "http://metadata/x.tar",
+    "http://100.100.100.200/x.tar",
+    "HTTP://169.254.169.254/x.tar",
+    "http://host/x.tar::http://169.254.169.254/x.tar",
+    "http://host/x::file:///etc/x.tar",
 ]
 
 
@@ -376,3 +391,29 @@ def test_fault_59_bombs_are_refused_without_the_memory_they_ask_for(tmp_path: Pa
     for name, (line, memory) in found.items():
         assert memory < MEMORY_MB, (name, line, memory)
         assert "\n" not in line and (line == "read") == name.startswith("good"), (name, line)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://key:pass-word@bucket/set",
+        "s3://key:pa/ss-word@bucket/set/x.tar",
+        "https://user:pass-word@host/set",
+        "https://user:pass-word@host:8080/{000000..000003}.tar",
+        "https://user:pass-word@169.254.169.254/x.tar",
+        "ftp://user:pass-word@host/x.tar",
+        "S3://key:pass-word@bucket/set",
+    ],
+)
+def test_fault_64_passwords_in_addresses_are_refused_and_not_repeated(tmp_path: Path, cache: Cache, url: str) -> None:
+    """address with a user name and a password: refused in one line that does not repeat the password."""
+    for action in (lambda: load_index(url, cache=cache), lambda: cache.fetch(url, "0" * 64)):
+        with pytest.raises(ValueError, match="holds a user name and a password.*leave them out") as refused:
+            action()
+        assert "word" not in str(refused.value).replace("a password", "")
+
+
+def test_fault_64_addresses_without_a_password_pass() -> None:
+    """addresses whose at sign or colon is no password: read as before."""
+    for url in ("abfs://container@account.dfs.core.windows.net/set", "http://host:8080/a@b.tar", "s3://b/a:b@c.tar"):
+        storage.check_url(url)
