@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shlex
 import signal
 import sys
 import threading
@@ -9,11 +10,9 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
-
-logger = logging.getLogger(__name__)
 
 _LINE_SECONDS = 10.0
 
@@ -79,7 +78,7 @@ def signals(stoppable: bool) -> Iterator[list[int]]:
     def hear(number: int, frame: Any) -> None:
         received.append(number)
         if len(received) > 1 or not stoppable:
-            raise SystemExit(128 + number)
+            _exit(number, "stopped at once")
 
     before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -91,8 +90,13 @@ def signals(stoppable: bool) -> Iterator[list[int]]:
 
 def exit_if_stopped(received: list[int]) -> None:
     if received:
-        logger.warning("stopped; the same command goes on from the newest checkpoint")
-        raise SystemExit(128 + received[0])
+        _exit(received[0], "stopped with a checkpoint")
+
+
+def _exit(number: int, how: str) -> NoReturn:
+    """End the process as a signal does, with a line that says how to go on."""
+    print(f"{how}; to go on: {shlex.join(['python', *sys.argv])}", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Where work runs: a function on every worker of a Ray cluster, through Ray Train, or in the calling process.
 
-The only module that imports ray, and the only one that sets environment variables. A worker function takes a `Worker`.
-It runs again from its beginning when Ray restarts the workers, so it must resume from what it has written.
+With worker.py, the only module that imports ray; the only one that sets environment variables. A worker function takes
+a `Worker`. It runs again from its beginning when Ray restarts the workers, so it must resume from what it has written.
 """
 
 import contextlib
@@ -13,11 +13,9 @@ import os
 import shutil
 import threading
 import time
-import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,18 +24,16 @@ import torch
 from distributed_inr.allocator import WORKER_ENVIRONMENT, keep_freed_memory
 from distributed_inr.console import Bar, exit_if_stopped, log_file, signals
 from distributed_inr.training.engine import Scale
+from distributed_inr.worker import POLL_SECONDS, Beat, Mail, Worker, kill_process, read_beats, work, write_stacks
 
 logger = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.5
-_NAMESPACE = "distributed_inr"
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the processes that it starts for `ray job submit`
-_MISTAKES = (ValueError, FloatingPointError)
-"""What a restart cannot mend: the same would happen again."""
 
 _ENVIRONMENT = {
     # A report blocks its worker until it is collected; collecting takes 4 % of a core at 0.1 s, 1 % at 0.5 s (LOG.md).
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # the notice may come half a minute before the end
     "RAY_worker_niceness": "0",  # Ray's default is 15: any other program on the machine would starve the workers
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a busy machine imports slowly
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # would show every worker's lines twice
@@ -48,23 +44,6 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "WDS_SECURE": "1",  # webdataset opens no pipe: addresses and unpickles nothing
 }
-
-
-@dataclass(frozen=True)
-class Worker:
-    """What a worker function gets.
-
-    Attributes:
-        report: called on every rank, equally often, with metrics and the path of a checkpoint.
-        progress: called on the first rank with (done, total, {name: value}), at most a few times a second.
-        stop: whether the user has asked for an end; the first rank knows, the others always say False.
-    """
-
-    rank: int
-    world: int
-    report: Callable[[dict[str, Any]], None]
-    progress: Callable[[int, int, dict[str, float]], None]
-    stop: Callable[[], bool]
 
 
 class Launcher(Protocol):
@@ -203,9 +182,17 @@ class _OnRay:
             _InProcess(self.scale).run(function, title=title, folder=folder, stoppable=stoppable)
             return
         world = num_workers or self.num_workers
-        mail, scale = _Mail(uuid.uuid4().hex), self.scale
+        mail, scale = Mail(uuid.uuid4().hex), self.scale
         trainer = TorchTrainer(
-            functools.partial(_work, function, mail=mail, scale=scale, folder=folder, directory=os.getcwd()),
+            functools.partial(
+                work,
+                function,
+                mail=mail,
+                scale=scale,
+                folder=folder,
+                directory=os.getcwd(),
+                prepare=_set_environment,
+            ),
             scaling_config=ScalingConfig(
                 num_workers=world, use_gpu=self.use_gpu, resources_per_worker={"CPU": self.cpus} | self._gpu()
             ),
@@ -222,7 +209,7 @@ class _OnRay:
             # fit() waits in a thread of its own, so that this one can draw and hear signals.
             with signals(stoppable) as received, Bar(title) as bar:
                 fitted = _in_thread(trainer.fit)
-                self._attend(fitted, mail, bar, received)
+                self._attend(fitted, mail, bar, received, _Watch(mail, world, scale.timeout_seconds, folder))
                 mistake, cause, error = mail.get("mistake"), mail.get("cause"), fitted.exception()
         finally:
             mail.close()
@@ -239,9 +226,11 @@ class _OnRay:
         shutil.rmtree(folder / "ray", ignore_errors=True)  # our own checkpoints are the only ones
         exit_if_stopped(received)
 
-    def _attend(self, fitted: "Future[Any]", mail: "_Mail", bar: Bar, received: list[int]) -> None:
+    def _attend(self, fitted: "Future[Any]", mail: Mail, bar: Bar, received: list[int], watch: "_Watch") -> None:
         attempt = 1
-        while wait([fitted], _POLL_SECONDS).not_done:
+        while wait([fitted], POLL_SECONDS).not_done:
+            for text in watch.look():
+                bar.say(text)
             if received and mail.get("stop") is None:
                 mail.put("stop", True)
                 bar.say("stopping after this step, with a checkpoint; once more stops at once")
@@ -258,101 +247,54 @@ class _OnRay:
         return {"GPU": 1} if self.use_gpu else {}
 
 
-def _work(function: Callable[[Worker], None], *, mail: "_Mail", scale: Scale, folder: Path, directory: str) -> None:
-    """What runs on each worker."""
-    import ray
-    import ray.train
+class _Watch:
+    """Finds workers that hang so that they cannot even say so, kills them, and so has Ray restart all.
 
-    if mail.get("mistake") is not None:
-        return  # an earlier attempt found what a restart cannot mend
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    if rank == 0:
-        mail.put("attempt", (mail.get("attempt") or 0) + 1)
-
-    _set_environment()
-    keep_freed_memory()
-    if os.path.isdir(directory):
-        os.chdir(directory)
-    if not torch.cuda.is_available():
-        here = ray.get_runtime_context().get_node_id()
-        cores = next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == here)
-        torch.set_num_threads(scale.num_threads or max(1, int(cores) // context.get_local_world_size()))
-
-    asked = 0.0
-
-    def stop() -> bool:
-        nonlocal asked
-        if rank != 0 or time.monotonic() - asked < _POLL_SECONDS:
-            return False
-        asked = time.monotonic()
-        return mail.get("stop") is not None
-
-    def progress(done: int, total: int, values: Mapping[str, float]) -> None:
-        mail.put("progress", [done, total, dict(values)])
-
-    try:
-        with log_file(folder) if rank == 0 else contextlib.nullcontext(), _mailed_warnings(mail):
-            function(Worker(rank, world, ray.train.report, progress, stop))
-    except _MISTAKES as error:
-        mail.put("mistake", str(error), overwrite=False)
-        raise
-    except Exception as error:
-        mail.put("cause", "".join(traceback.format_exception(error)), overwrite=False)
-        raise
-
-
-@dataclass(frozen=True)
-class _Mail:
-    """Small values shared by the driver and the workers of one run, in the cluster's own key-value store.
-
-    That costs no process and less than a millisecond, works between nodes, and is behind Ray's token. (An actor would
-    cost a process on a machine of two cores; `ray.train.report` is a barrier.)
+    Args:
+        timeout_seconds: of silence.
+        folder: where their stacks are written.
     """
 
-    run: str
+    def __init__(self, mail: Mail, world: int, timeout_seconds: int, folder: Path) -> None:
+        self.mail, self.world, self.timeout_seconds, self.folder = mail, world, timeout_seconds, folder
+        self._last: dict[int, tuple[Beat, float]] = {}
+        self._killing: dict[Any, Beat] = {}
+        self._looked = 0.0
 
-    def put(self, name: str, value: Any, *, overwrite: bool = True) -> None:
-        from ray.experimental.internal_kv import _internal_kv_put
+    def look(self) -> list[str]:
+        """Lines for the user about workers that were found to hang and are killed."""
+        import ray
+        from ray.exceptions import RayError
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        _internal_kv_put(f"{self.run}/{name}", json.dumps(value), overwrite, namespace=_NAMESPACE)
-
-    def get(self, name: str) -> Any:
-        from ray.experimental.internal_kv import _internal_kv_get
-
-        content = _internal_kv_get(f"{self.run}/{name}", namespace=_NAMESPACE)
-        return None if content is None else json.loads(content)
-
-    def take(self, folder: str) -> list[Any]:
-        """The values put under `folder`/, which are then gone."""
-        from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_list
-
-        keys = _internal_kv_list(f"{self.run}/{folder}/", namespace=_NAMESPACE)
-        values = [self.get(key.decode().removeprefix(f"{self.run}/")) for key in keys]
-        for key in keys:
-            _internal_kv_del(key, namespace=_NAMESPACE)
-        return values
-
-    def close(self) -> None:
-        from ray.experimental.internal_kv import _internal_kv_del
-
-        _internal_kv_del(f"{self.run}/", del_by_prefix=True, namespace=_NAMESPACE)
-
-
-@contextlib.contextmanager
-def _mailed_warnings(mail: _Mail) -> Iterator[None]:
-    """Send our warnings to the driver."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            mail.put(f"warnings/{uuid.uuid4().hex}", record.getMessage())
-
-    handler, log = Handler(logging.WARNING), logging.getLogger("distributed_inr")
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
+        now = time.monotonic()
+        if now - self._looked < max(1.0, self.world / 50):  # at most 50 letters a second
+            return []
+        self._looked = now
+        beats = read_beats(self.mail, range(self.world))
+        for beat in beats:
+            if self._last.get(beat.rank, (None, 0.0))[0] != beat:
+                self._last[beat.rank] = beat, now
+        for beat in beats:
+            if now - self._last[beat.rank][1] > self.timeout_seconds:
+                self.mail.remove(f"beats/{beat.rank}")
+                there = NodeAffinitySchedulingStrategy(beat.node, soft=False)
+                task = ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
+                self._killing[task.remote(beat.pid, beat.started)] = beat
+        found = []
+        for task in list(self._killing):
+            if not ray.wait([task], timeout=0)[0]:
+                continue
+            beat = self._killing.pop(task)
+            with contextlib.suppress(RayError):  # its node is gone, and it too
+                if ray.get(task):
+                    write_stacks(self.folder, beats if beat in beats else [*beats, beat])
+                    found.append(
+                        f"{beat.place}, and was not heard of for {self.timeout_seconds} s: it is killed; see "
+                        f"{self.folder / 'hang.txt'}"
+                    )
+                    self.mail.put("cause", found[-1])
+        return found
 
 
 def _set_environment() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -94,7 +95,8 @@ def test_an_interrupted_job_says_so_and_goes_on_with_the_same_command(tmp_path: 
     job.send_signal(signal.SIGINT)
     _, error = job.communicate(timeout=60)
     assert job.returncode == 130, error
-    assert "stopped; the same command goes on from the newest checkpoint" in error and "Traceback" not in error
+    go_on = shlex.join(["python", *endless[1:]])
+    assert f"stopped with a checkpoint; to go on: {go_on}\n" in error and "Traceback" not in error
     assert len(list((metrics.parent / "checkpoints").glob("*/manifest.json"))) == 1
 
     refused = subprocess.run(command, env=environment, capture_output=True, text=True)

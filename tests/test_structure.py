@@ -18,6 +18,7 @@ ORDER = (
     "evaluation",
     "console",
     "allocator",
+    "worker",
     "launch",
     "run_folder",
     "latents",
@@ -79,10 +80,10 @@ def test_domains_and_models_import_no_distributed_library():
     assert not wrong
 
 
-def test_only_the_launcher_imports_ray():
+def test_only_the_launcher_and_its_workers_import_ray():
     wrong = [
         str(f)
         for f in modules()
-        if f.stem not in ("launch", "sweep") and any(n.split(".")[0] == "ray" for n in imports(f))
+        if f.stem not in ("worker", "launch", "sweep") and any(n.split(".")[0] == "ray" for n in imports(f))
     ]
     assert not wrong
