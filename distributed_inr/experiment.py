@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from distributed_inr.config import config
+from distributed_inr.data import storage
 from distributed_inr.data.reader import Data, ShardDataset
 from distributed_inr.data.shards import ShardIndex
 from distributed_inr.domains import AnyDomain
@@ -55,6 +56,9 @@ class Experiment:
     """Model family."""
     output: str = DEFAULT_OUTPUT
     """Folder that holds the run folders; absolute, and shared by all nodes, inside a Ray job and on several nodes."""
+    checkpoints: str | None = None
+    """Folder or object store (s3://, gs://) to keep checkpoints under, as <checkpoints>/<family>/<name>. none: in the
+    run folder."""
     seed: int = 0
     """Seed of everything random: initial weights, order of the data, noise, samples."""
     domain: AnyDomain
@@ -83,6 +87,13 @@ class Experiment:
     def folder(self) -> Path:
         """Where the run keeps everything it makes."""
         return Path(self.output).expanduser() / self.family / self.name
+
+    def checkpoints_of(self, stage: str) -> str:
+        """Where the checkpoints of a stage lie."""
+        if self.checkpoints is None:
+            return str(self.folder / stage / "checkpoints")
+        root = str(Path(self.checkpoints).expanduser()) if storage.is_local(self.checkpoints) else self.checkpoints
+        return storage.join(root, f"{self.family}/{self.name}/{stage}")
 
     def dataset(self, index: ShardIndex) -> ShardDataset:
         """The domain's signals of a set of shards, in this run's order."""

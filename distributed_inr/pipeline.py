@@ -15,19 +15,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from distributed_inr.config import to_dict, to_json
+from distributed_inr.config import override, to_dict, to_json
+from distributed_inr.console import signals
 from distributed_inr.data import storage
 from distributed_inr.data.reader import ShardDataset, read_latent
 from distributed_inr.data.shards import ShardIndex
 from distributed_inr.evaluation import evaluate
 from distributed_inr.experiment import Experiment
+from distributed_inr.generation import read_experiment
 from distributed_inr.latents import LatentShards, write_latents
 from distributed_inr.launch import Worker, in_ray_job, launcher
-from distributed_inr.run_folder import Stage, check_space, locked, settle_output, write_text
+from distributed_inr.run_folder import Stage, check_checkpoints, check_space, locked, settle_output, write_text
+from distributed_inr.training import checkpoint, ledger
+from distributed_inr.training.ledger import Account
 from distributed_inr.training.loop import Training, train
 
 _MAY_CHANGE = frozenset(
-    ("batch_size", "micro_batch_size", "keep_checkpoints")
+    ("batch_size", "micro_batch_size", "keep_checkpoints", "ledger", "on_nonfinite", "max_nonfinite_steps")
     + ("log_every_samples", "evaluate_every_samples", "checkpoint_every_samples")
 )
 """Options that may differ between two calls: how fast and how often, not how long, which counts samples."""
@@ -51,22 +55,27 @@ def run(experiment: Experiment) -> dict[str, Path]:
     latents = LatentShards.of(experiment, train_index, autoencoder.latent_shape)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(signals(stoppable=False))  # between the stages; those that train hear for themselves
         place = stack.enter_context(launcher(experiment.scale))
-        experiment = settle_output(experiment, shared=place.num_nodes > 1 or in_ray_job())
+        shared = place.num_nodes > 1 or in_ray_job()
+        experiment = settle_output(experiment, shared=shared)
+        check_checkpoints(experiment, shared=shared)
         folder = experiment.folder
         stack.enter_context(locked(folder))
         tree = to_dict(experiment)
-        order = {name: tree["data"][name] for name in _ORDER}
+        order, accepted = {name: tree["data"][name] for name in _ORDER}, experiment.data.accept_changed
         fit = Stage(
             folder / "autoencoder",
             {name: tree[name] for name in ("seed", "domain", "autoencoder")}
             | {"data": order, "autoencoder_training": _lasting(tree["autoencoder_training"])},
+            accepted,
         )
-        encode = Stage(folder / "latents", {"domain": tree["domain"]})
+        encode = Stage(folder / "latents", {"domain": tree["domain"]}, accepted)
         fit_prior = Stage(
             folder / "prior",
             {"seed": tree["seed"], "prior": tree["prior"]}
             | {"data": order, "prior_training": _lasting(tree["prior_training"])},
+            accepted,
         )
         evaluation = Stage(
             folder / "evaluation",
@@ -77,12 +86,13 @@ def run(experiment: Experiment) -> dict[str, Path]:
         for stage, path in ((fit, "autoencoder_training"), (fit_prior, "prior_training")):
             if not stage.was_finished:
                 getattr(experiment, path).num_micro_batches(place.num_workers, path=path)
+        elsewhere = experiment.checkpoints is not None
         check_space(
             folder,
             {
-                fit.folder: _training_bytes(autoencoder, experiment.autoencoder_training),
+                fit.folder: _training_bytes(autoencoder, experiment.autoencoder_training, elsewhere=elsewhere),
                 encode.folder: latents.num_bytes,
-                fit_prior.folder: _training_bytes(prior, experiment.prior_training),
+                fit_prior.folder: _training_bytes(prior, experiment.prior_training, elsewhere=elsewhere),
             },
         )
         write_text(folder / "config.json", to_json(experiment) + "\n")
@@ -121,6 +131,27 @@ def run(experiment: Experiment) -> dict[str, Path]:
     return {"run": folder} | models | {name: folder / name for name in names if (folder / name).exists()}
 
 
+def check_ledgers(folder: Path) -> dict[str, Account]:
+    """What the sample ledgers of a finished run show, by stage. Raises ValueError where there are none."""
+    experiment = override(read_experiment(folder), {"output": str(folder.absolute().parents[1])})
+    train_index, _ = _indexes(experiment)
+    sets = {"autoencoder": experiment.dataset(train_index)}
+    if (folder / "latents" / "index.json").exists():
+        sets["prior"] = _latent_dataset(experiment, folder / "latents")
+    accounts = {}
+    for name, dataset in sets.items():
+        newest = checkpoint.newest(experiment.checkpoints_of(name))
+        if not Stage(folder / name, {}).was_finished or newest is None:
+            raise ValueError(f"{folder / name} is not finished; train on with the command that began it")
+        accounts[name] = ledger.check(
+            folder / name / "ledger",
+            num_samples=checkpoint.read_state(newest)["samples"],
+            key=dataset.key,
+            max_bad_fraction=experiment.data.max_bad_fraction,
+        )
+    return accounts
+
+
 # --- stages: each runs on the workers
 
 
@@ -144,18 +175,23 @@ def fit_autoencoder(worker: Worker, *, experiment: Experiment, stage: Stage) -> 
 def fit_latent_prior(worker: Worker, *, experiment: Experiment, stage: Stage, latents: Path) -> None:
     """Train the prior on the written latents; neither the autoencoder nor its data are read."""
     stage.check_shared()
-    statistics = json.loads((latents / "statistics.json").read_text())
+    try:
+        statistics = json.loads((latents / "statistics.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{latents}/statistics.json cannot be read: {error}; delete {latents} to make it again"
+        ) from None
     torch.manual_seed(experiment.seed)
     module = experiment.prior.build(tuple(statistics["latent_shape"]))
     module.normalise_from(torch.tensor(statistics["mean"]), torch.tensor(statistics["deviation"]))
-    dataset = experiment.data.dataset(experiment.data.index(str(latents)), read=read_latent, seed=experiment.seed)
+    dataset = _latent_dataset(experiment, latents)
     _train(module, dataset, worker, experiment=experiment, training=experiment.prior_training, folder=stage.folder)
 
 
 def evaluate_run(worker: Worker, *, experiment: Experiment, stage: Stage) -> None:
     """Sample from the run and measure it."""
     stage.check_shared()
-    evaluate(experiment.folder, progress=worker.progress)
+    evaluate(experiment.folder, allow_pipe=experiment.data.allow_pipe, progress=worker.progress)
 
 
 def _train(
@@ -176,12 +212,18 @@ def _train(
         seed=experiment.seed,
         folder=folder,
         config_json=to_json(experiment),
+        checkpoints=experiment.checkpoints_of(folder.name),
         val_dataset=val_dataset,
         num_loaders=experiment.data.num_loaders,
         report=worker.report,
         progress=worker.progress,
         stop=worker.stop,
+        save=worker.save,
     )
+
+
+def _latent_dataset(experiment: Experiment, latents: Path) -> ShardDataset:
+    return experiment.data.dataset(experiment.data.index(str(latents)), read=read_latent, seed=experiment.seed)
 
 
 def _indexes(experiment: Experiment) -> tuple[ShardIndex, ShardIndex | None]:
@@ -197,11 +239,11 @@ def _indexes(experiment: Experiment) -> tuple[ShardIndex, ShardIndex | None]:
     return found["train"], found.get("val")
 
 
-def _training_bytes(module: nn.Module, training: Training) -> int:
-    """What a fit's kept checkpoints, the one being written and the final model take: float32 weights and moments."""
+def _training_bytes(module: nn.Module, training: Training, *, elsewhere: bool) -> int:
+    """What the final model and, unless they lie elsewhere, the checkpoints take: float32 weights and moments."""
     weights = 4 * sum(tensor.numel() for tensor in module.state_dict().values())
-    copies = 3 + (training.ema_half_life_samples > 0)
-    return weights * (copies * (training.keep_checkpoints + 1) + 1)
+    copies = 0 if elsewhere else 3 + (training.ema_half_life_samples > 0)
+    return weights * (copies * (training.keep_checkpoints + 2) + 1)  # the best, and the one being written
 
 
 def _lasting(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,8 @@ class Data:
     """Largest size of that folder in GiB."""
     max_bad_fraction: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.01
     """Stop when more than this fraction of the samples read is bad; fewer are replaced and logged."""
+    accept_changed: bool = False
+    """Go on with a run although its shards have changed: from then on its positions mean other samples."""
     allow_pipe: bool = False
     """Allow `pipe:` addresses, which run a shell command."""
 
@@ -125,6 +127,12 @@ class ShardDataset(Dataset):
         place = self.order.locate(position)
         signal, _ = self._signal(place.shard, place.sample, position)
         return signal
+
+    def key(self, position: int) -> str:
+        """The key of the sample that the order has at a position of the run; that of a bad one too."""
+        assert self.order is not None
+        place = self.order.locate(position)
+        return self._open(place.shard).side.key(place.sample)
 
     def signal(self, number: int, position: int | None = None) -> tuple[Signal, bool]:
         """The signal at a number of the set's own order, and False if that one is bad and this its replacement."""

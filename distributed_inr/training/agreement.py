@@ -1,4 +1,4 @@
-"""What the ranks agree on between micro-batches: that each has data to go on with, that all have written, or to stop.
+"""What the ranks agree on between micro-batches: that each has data to go on with, to save or to stop, what is written.
 
 A rank may wait for its data for long, while the others wait for it. So before each micro-batch all ranks say whether
 they have theirs, again and again until all do or one of them is asked to stop: a stop is never out of step, and never
@@ -26,17 +26,26 @@ class Agreement:
 
     Attributes:
         stopping: whether any rank was asked to stop. All ranks learn it at the same micro-batch.
+        saving: whether any rank was asked, at the last micro-batch, for a checkpoint.
         written: whether every rank said, at the last micro-batch, that its part of a checkpoint is written.
 
     Args:
         stop: whether this rank is asked to stop.
+        save: whether this rank is asked for a checkpoint, since it was last called.
         has_written: whether this rank has written its part.
         timeout_seconds: how long a rank may wait for the others, or for its data.
     """
 
-    def __init__(self, *, stop: Callable[[], bool], has_written: Callable[[], bool], timeout_seconds: int) -> None:
-        self.stopping = self.written = False
-        self._stop, self._has_written, self._timeout_seconds = stop, has_written, timeout_seconds
+    def __init__(
+        self,
+        *,
+        stop: Callable[[], bool],
+        save: Callable[[], bool],
+        has_written: Callable[[], bool],
+        timeout_seconds: int,
+    ) -> None:
+        self.stopping = self.saving = self.written = False
+        self._questions, self._timeout_seconds = (stop, save, has_written), timeout_seconds
         self._world, self._group = 1, None
         if dist.is_initialized() and dist.get_world_size() > 1:
             # A group of its own, on the CPU: a GPU need not be waited for.
@@ -59,10 +68,12 @@ class Agreement:
     def _wait(self, reader: "_Reader") -> bool:
         """Wait until every rank has its batch; False when it is time to stop instead."""
         begin = time.monotonic()
+        self.saving = False
         while True:
             here = reader.wait(_PATIENCE_SECONDS)
-            ready, stopping, written = self._count(here, self._stop(), self._has_written())
+            ready, stopping, saving, written = self._count(here, *(question() for question in self._questions))
             self.stopping, self.written = stopping > 0, written == self._world
+            self.saving |= saving > 0
             if self.stopping or ready == self._world:
                 return not self.stopping
             if not here and time.monotonic() - begin > self._timeout_seconds:

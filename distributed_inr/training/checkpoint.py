@@ -240,7 +240,10 @@ def newest(folder: str) -> str | None:
 
 def read_state(path: str) -> dict[str, Any]:
     """A checkpoint's state.json. Raises ValueError if another version wrote it."""
-    state = json.loads(storage.read_bytes(storage.join(path, "state.json")) or b"{}")
+    try:
+        state = json.loads(storage.read_bytes(storage.join(path, "state.json")) or b"")
+    except ValueError as error:
+        raise ValueError(f"{path}/state.json cannot be read: {error}; use an older checkpoint") from None
     if state.get("format") != FORMAT:
         raise ValueError(
             f"{path} has format {state.get('format')}, this version reads {FORMAT}; use the version that wrote it"
@@ -285,15 +288,16 @@ class _Reader:
     @contextlib.contextmanager
     def open(cls, path: str) -> Iterator["_Reader"]:
         with contextlib.ExitStack() as stack:
-            folder = Path(path)
-            if not storage.is_local(path):
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                for name in storage.list_files(path):
-                    storage.download(storage.join(path, name), folder / name)
             try:
-                opened = [stack.enter_context(safe_open(p, "pt")) for p in sorted(folder.glob("*.safetensors"))]
-                reader = cls(path, opened)
-            except (SafetensorError, ValueError, KeyError, TypeError) as error:
+                manifest = json.loads(storage.read_bytes(storage.join(path, "manifest.json")) or b"")
+                names = [Path(name).name for name in manifest["files"] if name.endswith(".safetensors")]
+                folder = Path(path)
+                if not storage.is_local(path):
+                    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                    for name in names:
+                        storage.download(storage.join(path, name), folder / name)
+                reader = cls(path, [stack.enter_context(safe_open(folder / name, "pt")) for name in sorted(names)])
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"checkpoint {path} cannot be read: {error!r}; use an older one") from None
             yield reader
 
@@ -355,7 +359,7 @@ def _problem(path: str, rank: int = 0, world: int = 1) -> str | None:
             with _Reader.open(path):
                 pass
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"it cannot be read: {error}"
 
 

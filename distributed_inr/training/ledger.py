@@ -39,27 +39,51 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Account:
-    """What a ledger proves.
+    """What a ledger shows of a finished run.
 
     Attributes:
-        num_samples: positions that should have been seen.
+        num_samples: positions that should have been seen, each once.
         num_attempts: starts of the run.
-        num_redone: entries of steps that were lost in a kill and taken again.
-        lost, repeated: positions that count never, or more than once.
-        other_keys: positions that show another sample than the order says, as where a bad one was replaced.
-        num_unapplied: positions that were seen in steps that were not applied.
+        num_redone: entries of steps that a kill undid and that were taken again.
+        num_unapplied: positions of steps that were skipped or rolled back from, as their values were not finite.
+        lost, repeated: positions seen never, or more than once.
+        other_keys: positions that showed another sample than the order says, as where a bad one was replaced.
+        max_bad_fraction: how many of these the run accepted.
     """
 
     num_samples: int
     num_attempts: int
     num_redone: int
+    num_unapplied: int
     lost: list[int]
     repeated: list[int]
     other_keys: list[int]
-    num_unapplied: int
+    max_bad_fraction: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_samples} positions: {len(self.lost)} lost, {len(self.repeated)} repeated, "
+            f"{len(self.other_keys)} of another sample than the order's, {self.num_unapplied} not applied; "
+            f"{self.num_attempts} starts, {self.num_redone} seen again after a kill"
+        )
+
+    @property
+    def problems(self) -> list[str]:
+        """What the run should not have done."""
+        limit = self.max_bad_fraction * self.num_samples
+        found = {"lost": self.lost, "repeated": self.repeated}
+        if len(self.other_keys) > limit:
+            found[f"of another sample than the order's, above data.max_bad_fraction={self.max_bad_fraction}"] = (
+                self.other_keys
+            )
+        return [f"positions {shorten(positions)} were {what}" for what, positions in found.items() if positions]
 
 
-def check(folder: Path, *, num_samples: int, key: Callable[[int], str]) -> Account:
+def shorten(positions: Sequence[int]) -> str:
+    return ", ".join(map(str, positions[:8])) + (f" and {len(positions) - 8} more" if len(positions) > 8 else "")
+
+
+def check(folder: Path, *, num_samples: int, key: Callable[[int], str], max_bad_fraction: float) -> Account:
     """Account for the positions 0 to `num_samples` - 1 of a finished run.
 
     Args:
@@ -67,7 +91,7 @@ def check(folder: Path, *, num_samples: int, key: Callable[[int], str]) -> Accou
     """
     attempts = sorted(folder.glob("*-from-*"))
     if not attempts:
-        raise ValueError(f"{folder} holds no ledger; train with the option ledger=true to write one")
+        raise ValueError(f"{folder} holds no ledger; train with the option ledger=true, from the beginning")
     starts = [int(attempt.name.rpartition("-")[2]) for attempt in attempts]
     seen: Counter[int] = Counter()
     other_keys, num_redone, num_unapplied = [], 0, 0
@@ -78,7 +102,7 @@ def check(folder: Path, *, num_samples: int, key: Callable[[int], str]) -> Accou
                 if not line.endswith("\n"):
                     continue  # cut by a kill, before its step counted
                 position, found, outcome = line.rstrip("\n").split("\t")
-                if not starts[number] <= int(position) < end:
+                if int(position) >= end:
                     num_redone += 1
                     continue
                 seen[int(position)] += 1
@@ -89,8 +113,9 @@ def check(folder: Path, *, num_samples: int, key: Callable[[int], str]) -> Accou
         num_samples=num_samples,
         num_attempts=len(attempts),
         num_redone=num_redone,
-        lost=[position for position in range(num_samples) if not seen[position]],
-        repeated=sorted(position for position, count in seen.items() if count > 1 or position >= num_samples),
-        other_keys=sorted(other_keys),
         num_unapplied=num_unapplied,
+        lost=[position for position in range(num_samples) if not seen[position]],
+        repeated=sorted(position for position, count in seen.items() if count > 1),
+        other_keys=sorted(other_keys),
+        max_bad_fraction=max_bad_fraction,
     )

@@ -94,6 +94,7 @@ def train(
     report: Callable[[dict[str, Any]], None] | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    save: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Train `module`, resuming from the newest checkpoint; every rank calls it with the same arguments.
 
@@ -108,6 +109,7 @@ def train(
         progress: called on the first rank with (samples done, of how many, {"loss", "samples/s"}), seldom.
         stop: asked on every rank at each micro-batch, also while data are waited for and in evaluations; as soon as it
             says True on any rank, all leave the step they are in, write a checkpoint and return.
+        save: asked like `stop`; when it says True on any rank, a checkpoint is written after this step.
 
     Returns:
         Whether the run is complete; False if `stop` ended it early.
@@ -138,7 +140,9 @@ def train(
             raise ValueError(f"{path} has seed={run.seed}, this run seed={seed}; use that seed or another output")
     logs = _open_logs(folder, run) if is_first() else None
     ledger = Ledger(folder / "ledger", samples=run.samples) if training.ledger else None
-    agreement = Agreement(stop=stop, has_written=lambda: writer.has_written, timeout_seconds=scale.timeout_seconds)
+    agreement = Agreement(
+        stop=stop, save=save, has_written=lambda: writer.has_written, timeout_seconds=scale.timeout_seconds
+    )
     batches = agreement.batches(
         training_stream(
             dataset,
@@ -174,15 +178,16 @@ def train(
             report({**record, "samples": _samples(committed), "checkpoint": committed})
 
     # --- loop: one pass is one step, and what follows the `continue` is done after some of them
-    record, loss = dict[str, Any](), math.nan
+    record, loss, asked = dict[str, Any](), math.nan, False
     begin, clock, clocked, shown = time.monotonic() - run.seconds, time.monotonic(), run.samples, 0.0
     while run.samples < training.num_samples or run.is_unevaluated:
         if not run.is_unevaluated:
-            metrics, seen, outcome = None, [], "applied"
+            metrics, seen, outcome, asked = None, [], "applied", False
             run.lr = training.optim.learning_rate(run.samples, batch_size=batch_size, num_samples=training.num_samples)
             while metrics is None and (batch := next(batches, None)) is not None:
                 if agreement.written:
                     commit_checkpoint()
+                asked |= agreement.saving
                 seen.append(batch)
                 try:
                     metrics = engine.step(engine.forward(batch.to(engine.device)), keys=batch.key, lr=run.lr)
@@ -212,6 +217,8 @@ def train(
         due = functools.partial(_due, samples=run.samples, batch_size=batch_size)
         run.is_unevaluated |= val_dataset is not None and (complete or due(training.evaluate_every_samples))
         saving = due(training.checkpoint_every_samples)
+        if asked and not saving:
+            begin_checkpoint()
         if not (run.is_unevaluated or complete or saving or due(training.log_every_samples)):
             continue
         record = {"samples": run.samples, "step": engine.steps, "lr": run.lr, **run.means(), "samples_per_second": rate}
