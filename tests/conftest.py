@@ -34,6 +34,7 @@ def local_ray() -> Iterator[LocalRay]:
     (folder / "token").write_text("0123456789abcdef" * 4)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
         "HOME": str(home),
+        "PYTHONPATH": str(Path(__file__).parent),  # so that workers can import these tests' own modules
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
@@ -58,6 +59,18 @@ def local_ray() -> Iterator[LocalRay]:
         process.wait(60)
         log.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def in_environment(environment: dict[str, str]) -> Iterator[None]:
+    """This process with other environment variables besides its own."""
+    before = dict(os.environ)
+    os.environ |= environment
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 def free_ports(count: int) -> list[int]:
