@@ -1,9 +1,9 @@
-# make setup | quickstart | test | test-fast | check | bench
+# make setup | quickstart | test | test-fast | test-faults | check | bench
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in {(3, 11), (3, 12)})' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-fast check format bench clean
+.PHONY: setup quickstart test test-fast test-faults check format bench clean
 
 setup: .venv/.ready
 
@@ -17,10 +17,13 @@ quickstart: setup
 	$(BIN)/python jobs/train_ddmi.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not faults"
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not ray and not slow and not gpu"
+	$(BIN)/python -m pytest -m "not ray and not slow and not gpu and not faults"
+
+test-faults: setup
+	$(BIN)/python -m pytest -m faults -s
 
 check: setup
 	$(BIN)/ruff check .

@@ -96,23 +96,29 @@ def test_how_fast_and_how_often_may_change_on_a_complete_run(experiment: Experim
         ("autoencoder_training.optim.lr", 0.5, "autoencoder"),
         ("data.shuffle_shards", 3, "autoencoder"),
         ("domain.flip", False, "autoencoder"),
+        ("autoencoder.decoder_channels", 4, "autoencoder"),
         ("prior.num_timesteps", 500, "prior"),
         ("prior_training.num_samples", 12, "prior"),
     ],
 )
-def test_a_stage_made_with_other_options_is_refused_by_their_names(
-    experiment: Experiment, path: str, value: float, stage: str
-):
+def test_fault_36_other_architecture_or_options(experiment: Experiment, path: str, value: float, stage: str):
+    """going on with another architecture, data order or schedule: refused with the fields that differ."""
     before = written(experiment.folder)
     with pytest.raises(ValueError, match=rf"/{stage} was made with other options: {path} is .* there and {value} here"):
         pipeline.run(override(experiment, {path: value}))
     assert written(experiment.folder) == before
 
 
-def test_other_training_data_are_refused(experiment: Experiment, tmp_path: Path):
+def test_fault_37_other_training_data(experiment: Experiment, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """going on with other data: refused by their fingerprint, unless data.accept_changed says to go on."""
     write_pictures(tmp_path / "train", 33, seed=3)
-    with pytest.raises(ValueError, match=r"was made from other inputs \(train\)"):
-        pipeline.run(override(experiment, {"data.train": str(tmp_path / "train")}))
+    before = written(experiment.folder)
+    changed = override(experiment, {"data.train": str(tmp_path / "train")})
+    with pytest.raises(ValueError, match=r"was made from other inputs \(train\).*accept them: --data.accept-changed"):
+        pipeline.run(changed)
+    pipeline.run(override(changed, {"data.accept_changed": True}))
+    assert "was made from other inputs (train), which are accepted" in caplog.text
+    assert written(experiment.folder) == before
 
 
 def test_other_ways_to_evaluate_are_evaluated_again(experiment: Experiment):

@@ -65,9 +65,9 @@ def write_run(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: ob
     return run
 
 
-def write_pictures(folder: Path, count: int, *, seed: int, size: int = 32) -> None:
+def write_pictures(folder: Path, count: int, *, seed: int, size: int = 32, shard_samples: int = 100) -> None:
     """Shards of smooth random pictures."""
-    writer = ShardWriter(folder, domain="image", protocol={"made": "for tests"}, shard_samples=100)
+    writer = ShardWriter(folder, domain="image", protocol={"made": "for tests"}, shard_samples=shard_samples)
     for number in range(count):
         file = io.BytesIO()
         smooth_picture(seed * 1000 + number, size).save(file, "PNG")

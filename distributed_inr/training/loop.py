@@ -105,7 +105,8 @@ def train(
         config_json: the whole experiment, kept with each checkpoint.
         checkpoints: folder or object store's address for them; none: in `folder`.
         num_loaders: loader processes of each worker; 0 reads in the worker itself.
-        report: called on every rank after each checkpoint with the newest metrics and "checkpoint", its path.
+        report: called on every rank after each checkpoint, on a thread of its own, with the newest metrics and
+            "checkpoint", its path.
         progress: called on the first rank with (samples done, of how many, {"loss", "samples/s"}), seldom.
         stop: asked on every rank at each micro-batch, also while data are waited for and in evaluations; as soon as it
             says True on any rank, all leave the step they are in, write a checkpoint and return.
@@ -174,8 +175,9 @@ def train(
         nonlocal path
         committed = writer.commit(needed=needed)
         path = committed or path
-        if committed is not None and report is not None:
-            report({**record, "samples": _samples(committed), "checkpoint": committed})
+        if committed is not None and report is not None:  # which waits for the driver to collect it
+            about = {**record, "samples": _samples(committed), "checkpoint": committed}
+            writer.afterwards(functools.partial(report, about))
 
     # --- loop: one pass is one step, and what follows the `continue` is done after some of them
     record, loss, asked = dict[str, Any](), math.nan, False
