@@ -9,7 +9,7 @@ import torch
 from processes import run_processes
 from safetensors.torch import load_file
 from test_engine import BATCH, CLIP, ENGINES, make_batch, make_module, rate, start_engine, take_step
-from tiny_checkpoint import write_checkpoint
+from tiny_checkpoint import files_of, write_checkpoint
 from torch import Tensor
 
 from distributed_inr.training import checkpoint
@@ -182,10 +182,10 @@ def test_any_range_of_a_parameter_is_put_together_from_the_ranks_files(tmp_path,
 
 
 def test_a_gap_between_fragments_is_an_error(tmp_path):
-    path = write_checkpoint(tmp_path, 100)
-    (path / "state-00001-of-00002.safetensors").unlink()
+    path = str(tmp_path / "000000000100")
+    checkpoint.commit(path, [checkpoint.write(path, files_of(100, rank=0, ranks=2))])
     with (
-        checkpoint._Reader.open(str(path)) as reader,
+        checkpoint._Reader.open(path) as reader,
         pytest.raises(ValueError, match="lacks exp_avg of w from element 5"),
     ):
         reader.read("exp_avg", "w", 0, 10)

@@ -190,11 +190,11 @@ def write_atomic(url: str, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        except OSError:
+            os.chmod(file.name, 0o644)
+            publish(Path(file.name), url)
+        except (OSError, ValueError):
             os.unlink(file.name)
             raise
-    os.chmod(file.name, 0o644)
-    publish(Path(file.name), url)
 
 
 def sha256_of(path: Path) -> str:

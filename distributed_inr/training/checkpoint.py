@@ -15,14 +15,14 @@ is stored or loaded.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
 import os
+import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +117,7 @@ def write(path: str, files: Files) -> dict[str, dict[str, Any]]:
                 save_file(contents.tensors, folder / name, contents.metadata)
             with open(folder / name, "rb") as file:
                 os.fsync(file.fileno())
-            described[name] = _describe(folder / name)
+            described[name] = {"bytes": (folder / name).stat().st_size, "sha256": storage.sha256_of(folder / name)}
             if not storage.is_local(path):
                 storage.publish(folder / name, storage.join(path, name))
     return described
@@ -126,15 +126,14 @@ def write(path: str, files: Files) -> dict[str, dict[str, Any]]:
 def commit(path: str, written: Sequence[dict[str, dict[str, Any]]]) -> None:
     """Make the checkpoint valid, once every rank has written its files."""
     files = {name: entry for part in written for name, entry in sorted(part.items())}
-    manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
-    storage.write_atomic(storage.join(path, "manifest.json"), manifest.encode())
+    storage.write_atomic(storage.join(path, "manifest.json"), _encode_manifest(files))
 
 
 def purge(path: str, *, keep: int) -> None:
     """Delete what is older than a committed checkpoint, but the newest `keep` and the best; warn where that fails."""
     folder, last = storage.split(path)
     try:
-        names = sorted(name for name in storage.list_folders(folder) if name.isdigit() and name <= last)
+        names = [name for name in _names(folder) if name <= last]
         committed = [n for n in names if "manifest.json" in storage.list_files(storage.join(folder, n))]
         kept = {*committed[-keep:], *_best(folder, committed)}
         for name in names:
@@ -157,6 +156,7 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[dict[str, dict[str, Any]] | str] | None = None
         self._path, self._num_failed = "", 0
+        self._called: Future[None] | None = None
         self._buffers: dict[str, Tensor] = {}
 
     @property
@@ -197,6 +197,8 @@ class Writer:
         self._num_failed = 0 if problem is None else self._num_failed + 1
         if problem is None:
             return self._path
+        if is_first():
+            self._thread.submit(_remove, self._path).result()  # the next one may need the space
         message = f"checkpoint {self._path} cannot be written: {problem}; free some space or choose another place"
         if needed or self._num_failed == _MAX_FAILED:
             raise ValueError(f"{message}. Earlier checkpoints are intact, and the same command goes on from them")
@@ -204,8 +206,15 @@ class Writer:
             logger.warning("%s. Earlier ones are intact; training goes on, and the next one is tried in time", message)
         return None
 
+    def afterwards(self, function: Callable[[], None]) -> None:
+        """Call `function` on the thread, before the next checkpoint is written."""
+        self._called = self._thread.submit(function)
+
     def close(self) -> None:
+        """Wait for the thread, and raise what the last function called there has raised."""
         self._thread.shutdown()
+        if self._called is not None:
+            self._called.result()
 
     def _commit(self, written: list[Any]) -> str | None:
         try:
@@ -223,9 +232,9 @@ def newest(folder: str) -> str | None:
     committed ones and all of them are damaged: starting again from nothing would overwrite them.
     """
     rank, world = rank_and_world()
-    names = gather_objects(storage.list_folders(folder) if is_first() else [])[0]
+    names = gather_objects(_names(folder) if is_first() else [])[0]
     damaged = False
-    for name in sorted(filter(str.isdigit, names), reverse=True):
+    for name in reversed(names):
         path = storage.join(folder, name)
         problems = [found for found in gather_objects(_problem(path, rank, world)) if found is not None]
         if not problems:
@@ -241,7 +250,7 @@ def newest(folder: str) -> str | None:
 def read_state(path: str) -> dict[str, Any]:
     """A checkpoint's state.json. Raises ValueError if another version wrote it."""
     try:
-        state = json.loads(storage.read_bytes(storage.join(path, "state.json")) or b"")
+        state = _read_json(path, "state.json")
     except ValueError as error:
         raise ValueError(f"{path}/state.json cannot be read: {error}; use an older checkpoint") from None
     if state.get("format") != FORMAT:
@@ -289,8 +298,8 @@ class _Reader:
     def open(cls, path: str) -> Iterator["_Reader"]:
         with contextlib.ExitStack() as stack:
             try:
-                manifest = json.loads(storage.read_bytes(storage.join(path, "manifest.json")) or b"")
-                names = [Path(name).name for name in manifest["files"] if name.endswith(".safetensors")]
+                files = _read_json(path, "manifest.json")["files"]
+                names = [Path(name).name for name in files if name.endswith(".safetensors")]
                 folder = Path(path)
                 if not storage.is_local(path):
                     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -343,7 +352,12 @@ def _problem(path: str, rank: int = 0, world: int = 1) -> str | None:
         content = storage.read_bytes(storage.join(path, "manifest.json"))
         if content is None:
             return _UNCOMMITTED
-        files = json.loads(content)["files"]
+        manifest = json.loads(content)
+        if manifest["format"] != FORMAT and manifest["format"] == _read_json(path, "state.json")["format"]:
+            return None  # another version's, as both of its files say: not ours to judge, and `read_state` refuses it
+        files = manifest["files"]
+        if content != _encode_manifest(files):
+            return "its manifest is not what was written"
         for name, entry in list(files.items())[rank::world]:
             if Path(name).name != name:
                 return f"its manifest names a file outside it: {name!r}"
@@ -359,38 +373,51 @@ def _problem(path: str, rank: int = 0, world: int = 1) -> str | None:
             with _Reader.open(path):
                 pass
         return None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"it cannot be read: {error}"
 
 
 def _write_patiently(path: str, files: Files) -> dict[str, dict[str, Any]] | str:
     """`write`, or after several attempts what went wrong."""
     for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(0.25 * 2**attempt)
         try:
             return write(path, files)
         except (OSError, ValueError, SafetensorError) as error:
             problem = str(error)
-        time.sleep(0.5 * 2**attempt)
     return problem
 
 
+def _read_json(path: str, name: str) -> Any:
+    return json.loads(storage.read_bytes(storage.join(path, name)) or b"")
+
+
+def _names(folder: str) -> list[str]:
+    """Names of a folder's checkpoints, the oldest first; nothing else that lies there is ours."""
+    return sorted(name for name in storage.list_folders(folder) if re.fullmatch(r"[0-9]{12}", name))
+
+
+def _encode_manifest(files: Mapping[str, dict[str, Any]]) -> bytes:
+    """The only way to write these entries, so that damage to a manifest shows in its bytes."""
+    return json.dumps({"format": FORMAT, "files": files}, indent=1).encode()
+
+
 def _remove(path: str) -> None:
-    """Delete a checkpoint: its manifest first, so that half of one is never valid."""
-    storage.remove_file(storage.join(path, "manifest.json"))
-    storage.remove_folder(path)
+    """Delete a checkpoint, its manifest first, so that half of one is never valid; warn where that fails."""
+    try:
+        storage.remove_file(storage.join(path, "manifest.json"))
+        storage.remove_folder(path)
+    except (OSError, ValueError) as error:
+        logger.warning("checkpoint %s cannot be deleted: %s; training goes on", path, error)
 
 
 def _best(folder: str, names: Sequence[str]) -> list[str]:
     """The checkpoint with the least validation loss, the earliest of equals; none where none was measured."""
     scores = []
     for name in names:
-        with contextlib.suppress(ValueError):
-            score = json.loads(storage.read_bytes(storage.join(folder, f"{name}/state.json")) or b"{}").get("score")
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            score = _read_json(storage.join(folder, name), "state.json")["score"]
             if isinstance(score, float) and math.isfinite(score):
                 scores.append((score, name))
     return [min(scores)[1]] if scores else []
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

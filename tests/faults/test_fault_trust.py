@@ -211,9 +211,9 @@ def put_into_checkpoint(path: Path, content: bytes) -> None:
     """Replace a file of a checkpoint, and what the manifest says of it: its sums guard against accidents alone."""
     path.write_bytes(content)
     if path.name != "manifest.json":
-        manifest = json.loads((path.parent / "manifest.json").read_text())
-        manifest["files"][path.name] |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        (path.parent / "manifest.json").write_text(json.dumps(manifest))
+        files = json.loads((path.parent / "manifest.json").read_text())["files"]
+        files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        checkpoint.commit(str(path.parent), [files])
 
 
 @pytest.mark.parametrize("name", PAYLOADS)
