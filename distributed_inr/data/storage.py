@@ -264,6 +264,9 @@ def _retry(url: str, action: Any) -> Any:
             if attempt == _ATTEMPTS - 1 or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                     raise
-                raise ValueError(f"{url} cannot be reached: {error}; tried {_ATTEMPTS} times") from error
+                raise ValueError(
+                    f"{url} cannot be reached: {error}; tried {_ATTEMPTS} times. See whether it is there and this "
+                    "machine may use it"
+                ) from error
             logger.warning("%s: %s; trying again", url, error)
             time.sleep(0.5 * 2**attempt)
