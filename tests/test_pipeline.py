@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -186,36 +182,6 @@ def test_latents_do_not_depend_on_the_number_of_workers(tmp_path: Path):
         assert len(index.shards) == 3 and index.num_samples == 140
         fingerprints.append(index.fingerprint)
     assert fingerprints[0] == fingerprints[1]
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from distributed_inr.run_folder import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
-
-def test_a_run_folder_in_use_by_another_job_is_refused_until_that_ends(experiment: Experiment):
-    before = written(experiment.folder)
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(experiment.folder)],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": "."},
-    )
-    try:
-        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-        with pytest.raises(
-            ValueError, match=rf"is in use by process {holder.pid} on .*; wait for it, or choose another"
-        ):
-            pipeline.run(experiment)
-        assert written(experiment.folder) == before
-    finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.communicate()
-    pipeline.run(experiment)  # the system has let go of the dead job's lock
 
 
 def test_a_run_that_will_not_fit_the_disk_is_refused_at_the_start(experiment: Experiment):
