@@ -5,6 +5,7 @@ With launch.py, the only module that imports ray.
 
 import contextlib
 import dataclasses
+import datetime
 import itertools
 import json
 import logging
@@ -99,25 +100,25 @@ def work(
     def progress(done: int, total: int, values: Mapping[str, float]) -> None:
         mail.put("progress", [done, total, dict(values)])
 
-    try:
-        with (
-            log_file(folder) if rank == 0 else contextlib.nullcontext(),
-            _mailed_warnings(mail),
-            _heartbeat(mail, rank, here),
-        ):
+    with (
+        log_file(folder) if rank == 0 else contextlib.nullcontext(),
+        _mailed_warnings(mail),
+        _heartbeat(mail, rank, here),
+    ):
+        try:
             function(Worker(rank, world, ray.train.report, progress, stop, save))
-    except _MISTAKES as error:
-        mail.put("mistake", str(error), overwrite=False)
-        raise
-    except Exception as error:
-        cause = "".join(traceback.format_exception(error))
-        if "timed out" in str(error).lower():  # a collective, of gloo or NCCL
-            beats = read_beats(mail, range(world))
-            write_stacks(folder, beats)
-            others = "; ".join(beat.place for beat in beats if beat.rank != rank)
-            cause += f"rank {rank} waited {scale.timeout_seconds} s for the others: {others}; see {folder}/hang.txt"
-        mail.put("cause", cause, overwrite=False)
-        raise
+        except _MISTAKES as error:
+            mail.put("mistake", str(error), overwrite=False)
+            raise
+        except Exception as error:
+            cause = "".join(traceback.format_exception(error))
+            if "timed out" in str(error).lower():  # a collective, of gloo or NCCL
+                beats = read_beats(mail, range(world))
+                write_stacks(folder, beats)
+                others = "; ".join(beat.place for beat in beats if beat.rank != rank)
+                cause += f"rank {rank} waited {scale.timeout_seconds} s for the others: {others}; see {folder}/hang.txt"
+            mail.put("cause", cause, overwrite=False)
+            raise
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,10 @@ def read_beats(mail: Mail, ranks: Iterable[int]) -> list[Beat]:
 
 
 def write_stacks(folder: Path, beats: Iterable[Beat]) -> None:
-    """Write where the ranks are to `folder`/hang.txt."""
-    (folder / "hang.txt").write_text("\n".join(f"{beat.place}\n{beat.stack}" for beat in beats))
+    """Append where the ranks are to `folder`/hang.txt."""
+    now = datetime.datetime.now().isoformat(" ", "seconds")
+    with (folder / "hang.txt").open("a") as file:
+        file.write("".join(f"{now} {beat.place}\n{beat.stack}\n" for beat in beats))
 
 
 def kill_process(pid: int, started: str) -> bool:
