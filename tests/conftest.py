@@ -28,6 +28,12 @@ class LocalRay:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[LocalRay]:
+    with ray_head(num_cpus=2) as local_ray:
+        yield local_ray
+
+
+@contextlib.contextmanager
+def ray_head(*, num_cpus: int) -> Iterator[LocalRay]:
     folder = Path(tempfile.mkdtemp(prefix="dinr-"))  # short: Ray's sockets lie below it
     home, ports = folder / "home", free_ports(4)
     home.mkdir()
@@ -42,23 +48,54 @@ def local_ray() -> Iterator[LocalRay]:
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = ["ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2", "--num-gpus=0"]
-    command += ["--node-ip-address=127.0.0.1", f"--temp-dir={folder / 'ray'}", "--object-store-memory=100000000"]
+    options = ["--head", f"--temp-dir={folder / 'ray'}", "--disable-usage-stats"]
     names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
-    command += [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
-    log = (folder / "log.txt").open("w")
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    options += [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
     try:
-        wait_for(ports[:2], process, folder / "log.txt")
-        address = f"127.0.0.1:{ports[0]}"
-        yield LocalRay(address, f"http://127.0.0.1:{ports[1]}", home, environment | {"RAY_ADDRESS": address})
+        with _ray_start(options, environment, folder / "log.txt", num_cpus=num_cpus) as process:
+            wait_for(ports[:2], process, folder / "log.txt")
+            address = f"127.0.0.1:{ports[0]}"
+            yield LocalRay(address, f"http://127.0.0.1:{ports[1]}", home, environment | {"RAY_ADDRESS": address})
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def ray_node(head: LocalRay) -> Iterator[subprocess.Popen]:
+    """One more node with one CPU, on this machine; killing the process's children takes it away."""
+    (port,) = free_ports(1)
+    options = [f"--address={head.address}", f"--dashboard-agent-listen-port={port}"]
+    environment = {name: value for name, value in head.environment.items() if name != "RAY_ADDRESS"}
+    log = head.home / f"node-{port}.txt"
+    with _ray_start(options, environment, log, num_cpus=1) as process:
+        deadline = time.monotonic() + 60
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield process
+
+
+@contextlib.contextmanager
+def _ray_start(
+    options: list[str], environment: dict[str, str], log: Path, *, num_cpus: int
+) -> Iterator[subprocess.Popen]:
+    command = ["ray", "start", "--block", f"--num-cpus={num_cpus}", "--num-gpus=0", "--node-ip-address=127.0.0.1"]
+    command += ["--object-store-memory=100000000", *options]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            yield process
+        finally:
+            kill_tree(process)
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """kill -9 of a process and all below it."""
+    if process.poll() is None:
         for one in [*psutil.Process(process.pid).children(recursive=True), process]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
-        process.wait(60)
-        log.close()
-        shutil.rmtree(folder, ignore_errors=True)
+    process.wait(60)
 
 
 @contextlib.contextmanager
