@@ -195,11 +195,9 @@ def train(
                     metrics = engine.step(engine.forward(batch.to(engine.device)), keys=batch.key, lr=run.lr)
                 except FloatingPointError as error:
                     run.num_nonfinite += 1
-                    if training.on_nonfinite == "stop" or run.num_nonfinite > training.max_nonfinite_steps:
-                        raise
                     if writer.is_busy:  # what a rollback goes back to
                         commit_checkpoint()
-                    outcome, metrics = _recover(error, training, path, engine, averages), {}
+                    outcome, metrics = _recover(error, training, run, path, engine, averages), {}
             if metrics is None:
                 break  # some rank is asked to stop
             run.samples, run.score = run.samples + batch_size, None
@@ -306,9 +304,19 @@ def _samples(path: str) -> int:
 
 
 def _recover(
-    error: FloatingPointError, training: Training, path: str | None, engine: Engine, averages: Sequence[Fragment]
+    error: FloatingPointError,
+    training: Training,
+    run: _Run,
+    path: str | None,
+    engine: Engine,
+    averages: Sequence[Fragment],
 ) -> str:
     """Do what is to follow a step that is not finite; returns its outcome for the ledger."""
+    if training.on_nonfinite == "stop":
+        raise error
+    if run.num_nonfinite > training.max_nonfinite_steps:
+        limit = training.max_nonfinite_steps
+        raise FloatingPointError(f"{error}; after training.max_nonfinite_steps={limit} such steps the run ends")
     if training.on_nonfinite == "rollback":
         if path is None:
             raise FloatingPointError(f"{error}; there is no checkpoint to roll back to") from error
