@@ -82,7 +82,8 @@ def test_help_lists_every_option_with_its_default(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_an_interrupted_job_says_so_and_goes_on_with_the_same_command(tmp_path: Path):
+def test_fault_16_sigint_by_the_user(tmp_path: Path):
+    """Ctrl-C: a checkpoint, exit code 130, and the command that goes on is printed."""
     command = [sys.executable, "jobs/train_ddmi.py", *TINY, *ALONE, "--output", str(tmp_path)]
     endless = [*command, "--prior-training.num-samples", "10000000"]
     metrics = tmp_path / "ddmi" / "furniture-image" / "prior" / "metrics.jsonl"

@@ -1,9 +1,12 @@
 """Processes that are killed in training: Ray Train restarts the workers, and nothing shows in what the run makes."""
 
 import os
+import random
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import pytest
@@ -117,3 +120,49 @@ def test_fault_10_kill_a_loader_process(runs: Runs):
 def test_fault_41_kill_between_two_micro_batches(runs: Runs):
     """kill -9 in mid gradient accumulation: the step is taken again from its first micro-batch; equal in every bit."""
     runs.check(41)
+
+
+@pytest.mark.faults
+def test_fault_11_ten_kills_at_random_steps(local_ray: LocalRay, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """ten kills at random steps of one run, of a random rank or of all: 10 of 10 survived, equal in every bit."""
+    rng = random.Random(11)
+    steps = sorted(rng.sample(range(2, 58), 10))
+    victims = [rng.choice([(0,), (1,), (0, 1)]) for _ in steps]
+    whole, killed = (make_experiment(tmp_path, steps=60, name=name) for name in ("whole", "killed"))
+    times = tmp_path / "times"
+    times.mkdir()
+    with in_environment(local_ray.environment), launcher(Scale(max_failures=10)) as place:
+        for experiment in (whole, killed):
+            stage = stage_of(experiment)
+
+            def work(worker: Worker, experiment: Experiment = experiment) -> None:
+                from distributed_inr.training.engine import DeepSpeedEngine
+
+                take_step = DeepSpeedEngine.step
+                start = max((int(path.name.split("-")[1]) + 1 for path in times.glob("kill-*")), default=0)
+                done = experiment.name == "whole" or start == len(steps)
+
+                def step(engine: DeepSpeedEngine, *args, **kwargs):
+                    if not done and engine.steps + 1 == steps[start] and worker.rank in victims[start]:
+                        (times / f"kill-{start}-{worker.rank}").write_text(str(time.time()))
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    metrics = take_step(engine, *args, **kwargs)
+                    if worker.rank == 0 and start and not (times / f"step-{start - 1}").exists():
+                        (times / f"step-{start - 1}").write_text(str(time.time()))
+                    return metrics
+
+                DeepSpeedEngine.step = step
+                fit(worker, experiment)
+                DeepSpeedEngine.step = take_step
+
+            place.run(work, title=experiment.name, folder=stage.folder, stoppable=True)
+    assert read_losses(killed) == read_losses(whole) and read_weights(killed) == read_weights(whole)
+    account = read_account(killed)
+    assert account.num_attempts == 11 and account.lost == account.repeated == account.other_keys == []
+    seconds = sorted(
+        float((times / f"step-{k}").read_text()) - max(float(p.read_text()) for p in times.glob(f"kill-{k}-*"))
+        for k in range(10)
+    )
+    with capsys.disabled():
+        print(f"\nten kills at steps {steps}: {account}")
+        print(f"kill to the next step: median {seconds[5]:.1f} s, worst {seconds[-1]:.1f} s")
