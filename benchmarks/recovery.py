@@ -9,7 +9,6 @@ import signal
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 from distributed_inr import pipeline
 from distributed_inr.config import override

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from distributed_inr.data.reader import ShardDataset, stream
-from distributed_inr.data.shards import ShardIndex, ShardWriter, write_index
+from distributed_inr.data.shard_writer import ShardWriter, write_index
+from distributed_inr.data.shards import ShardIndex
 from distributed_inr.domains.domain import Signal, collate
 from distributed_inr.experiment import Experiment
 from distributed_inr.generation import load_weights

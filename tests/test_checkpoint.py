@@ -151,7 +151,7 @@ def test_weights_load_into_a_plain_module_and_give_the_same_losses(runs):
 @pytest.mark.slow
 def test_another_architecture_is_refused_with_the_difference(runs):
     path = str(runs.folder / "whole" / "deepspeed-1" / f"{STEPS * BATCH:012d}")
-    with checkpoint._Reader.open(path) as reader:
+    with checkpoint.Reader.open(path) as reader:
         shapes = reader.shapes | {"head.weight": (4, 7)}
         with pytest.raises(ValueError, match=r"another model \(head\.weight: \(3, 7\) there, \(4, 7\) here\)"):
             reader.check(shapes, averages=True)
@@ -174,7 +174,7 @@ def test_newest_is_the_last_committed_one(tmp_path):
 def test_any_range_of_a_parameter_is_put_together_from_the_ranks_files(tmp_path, ranks):
     path = write_checkpoint(tmp_path, 100, ranks=ranks)
     whole = torch.arange(100, 110, dtype=torch.float32)
-    with checkpoint._Reader.open(str(path)) as reader:
+    with checkpoint.Reader.open(str(path)) as reader:
         for start in range(10):
             for stop in range(start, 11):
                 assert torch.equal(reader.read("exp_avg", "w", start, stop), whole[start:stop] / 2)
@@ -185,14 +185,14 @@ def test_a_gap_between_fragments_is_an_error(tmp_path):
     path = str(tmp_path / "000000000100")
     checkpoint.commit(path, [checkpoint.write(path, files_of(100, rank=0, ranks=2))])
     with (
-        checkpoint._Reader.open(path) as reader,
+        checkpoint.Reader.open(path) as reader,
         pytest.raises(ValueError, match="lacks exp_avg of w from element 5"),
     ):
         reader.read("exp_avg", "w", 0, 10)
 
 
 def test_a_checkpoint_without_the_average_that_is_asked_for_is_refused(tmp_path):
-    with checkpoint._Reader.open(str(write_checkpoint(tmp_path, 100))) as reader:
+    with checkpoint.Reader.open(str(write_checkpoint(tmp_path, 100))) as reader:
         reader.check({"w": (2, 5)}, averages=False)
         with pytest.raises(ValueError, match="keeps no average of the weights"):
             reader.check({"w": (2, 5)}, averages=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distributed_inr import randomness
 from distributed_inr.config import override
 from distributed_inr.data.reader import Data, ShardDataset, read_latent
-from distributed_inr.data.shards import ShardWriter
+from distributed_inr.data.shard_writer import ShardWriter
 from distributed_inr.domains.domain import Signal
 from distributed_inr.training import checkpoint
 from distributed_inr.training.engine import Optim, Scale

@@ -9,7 +9,8 @@ from tiny_sets import by_key, png, save_picture, write_set
 from distributed_inr.data import prepare, storage
 from distributed_inr.data.pictures import Shape
 from distributed_inr.data.prepare import Plan, describe, prepare_images, verify
-from distributed_inr.data.shards import ShardWriter, load_index
+from distributed_inr.data.shard_writer import ShardWriter
+from distributed_inr.data.shards import load_index
 from distributed_inr.domains.domain import Record
 
 ROOT = Path(__file__).resolve().parents[1]

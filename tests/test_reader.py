@@ -24,7 +24,8 @@ from distributed_inr.data.reader import (
     read_latent,
     training_stream,
 )
-from distributed_inr.data.shards import ShardWriter, load_index
+from distributed_inr.data.shard_writer import ShardWriter
+from distributed_inr.data.shards import load_index
 from distributed_inr.domains import Image
 from distributed_inr.domains.domain import Signal
 from distributed_inr.randomness import sample_seed

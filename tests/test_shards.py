@@ -14,9 +14,10 @@ import pytest
 import webdataset
 from tiny_sets import records, write_set
 
-from distributed_inr.data import shards, storage
+from distributed_inr.data import storage
 from distributed_inr.data.cache import Cache
-from distributed_inr.data.shards import OpenShard, ShardDamaged, ShardWriter, load_index, read_index
+from distributed_inr.data.shard_writer import ShardWriter, write_index
+from distributed_inr.data.shards import OpenShard, ShardDamaged, load_index, read_index
 from distributed_inr.data.side_index import SideIndex
 
 
@@ -358,7 +359,7 @@ def test_several_writers_make_one_set(tmp_path: Path, cache: Cache) -> None:
         for i in range(3):
             writer.write({"__key__": f"{rank}-{i}", "bin": b"x"})
         writer.close(write_index=False)
-    shards.write_index(tmp_path / "set", domain="latent", protocol={"from": "two"})
+    write_index(tmp_path / "set", domain="latent", protocol={"from": "two"})
     index = read_index(str(tmp_path / "set"))
     assert index is not None and index.domain == "latent"
     assert [r["__key__"] for r in records(index, cache)] == ["0-0", "0-1", "0-2", "1-0", "1-1", "1-2"]

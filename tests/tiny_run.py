@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from distributed_inr.config import override, to_json
 from distributed_inr.data.reader import Data
-from distributed_inr.data.shards import ShardWriter
+from distributed_inr.data.shard_writer import ShardWriter
 from distributed_inr.domains import Image
 from distributed_inr.experiment import Evaluation, Experiment, Sampling
 from distributed_inr.models.d2c_vae import D2CVAE

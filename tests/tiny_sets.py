@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from distributed_inr.data.cache import Cache
-from distributed_inr.data.shards import OpenShard, ShardIndex, ShardWriter, load_index
+from distributed_inr.data.shard_writer import ShardWriter
+from distributed_inr.data.shards import OpenShard, ShardIndex, load_index
 from distributed_inr.domains.domain import Record, Signal
 
 

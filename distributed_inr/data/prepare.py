@@ -18,7 +18,8 @@ from distributed_inr import config
 from distributed_inr.data import pictures, storage
 from distributed_inr.data.cache import Cache
 from distributed_inr.data.layouts import LAYOUTS, Part, Picture, select
-from distributed_inr.data.shards import OpenShard, Shard, ShardIndex, ShardWriter, load_index, read_index
+from distributed_inr.data.shard_writer import ShardWriter
+from distributed_inr.data.shards import OpenShard, Shard, ShardIndex, load_index, read_index
 from distributed_inr.domains.domain import Record, caption
 
 logger = logging.getLogger(__name__)

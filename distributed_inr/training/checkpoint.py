@@ -22,7 +22,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +30,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from distributed_inr.data import storage
+from distributed_inr.training.checkpoint_reader import Reader, read_json
 from distributed_inr.training.engine import Engine
 from distributed_inr.training.fragments import Fragment, gather_objects, is_first, rank_and_world
 
@@ -250,7 +251,7 @@ def newest(folder: str) -> str | None:
 def read_state(path: str) -> dict[str, Any]:
     """A checkpoint's state.json. Raises ValueError if another version wrote it."""
     try:
-        state = _read_json(path, "state.json")
+        state = read_json(path, "state.json")
     except ValueError as error:
         raise ValueError(f"{path}/state.json cannot be read: {error}; use an older checkpoint") from None
     if state.get("format") != FORMAT:
@@ -263,7 +264,7 @@ def read_state(path: str) -> dict[str, Any]:
 def load(path: str, engine: Engine, *, averages: Sequence[Fragment]) -> dict[str, Any]:
     """Set the weights, optimizer state and running averages from a valid checkpoint; returns its state.json."""
     state = read_state(path)
-    with _Reader.open(path) as reader:
+    with Reader.open(path) as reader:
         reader.check({f.name: f.shape for f in engine.state()}, averages=bool(averages))
         engine.load(reader.read, steps=state["steps"])
         for f in averages:
@@ -274,73 +275,9 @@ def load(path: str, engine: Engine, *, averages: Sequence[Fragment]) -> dict[str
 def weights(path: str, *, average: bool) -> dict[str, Tensor]:
     """A module's whole state: the weights, or their running average, and the buffers."""
     kind = "ema" if average else "weight"
-    with _Reader.open(path) as reader:
+    with Reader.open(path) as reader:
         whole = {name: reader.read(kind, name, 0, math.prod(s)).view(s) for name, s in reader.shapes.items()}
         return whole | {name: reader.read("buffer", name, 0, -1) for name in reader.buffers}
-
-
-class _Reader:
-    """Parts of flattened tensors by name, put together from the files of however many ranks wrote them."""
-
-    def __init__(self, path: str, files: Sequence[Any]):
-        self.path, self.fragments = path, dict[str, list[tuple[int, int, Any]]]()
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.buffers: dict[str, Any] = {}
-        self.names = {name for file in files for name in file.keys()}
-        for file in files:
-            for name, (offset, length, shape) in json.loads(file.metadata()["fragments"]).items():
-                self.fragments.setdefault(name, []).append((offset, length, file))
-                self.shapes[name] = tuple(shape)
-            self.buffers |= {n.removeprefix("buffer/"): file for n in file.keys() if n.startswith("buffer/")}
-
-    @classmethod
-    @contextlib.contextmanager
-    def open(cls, path: str) -> Iterator["_Reader"]:
-        with contextlib.ExitStack() as stack:
-            try:
-                files = _read_json(path, "manifest.json")["files"]
-                names = [Path(name).name for name in files if name.endswith(".safetensors")]
-                folder = Path(path)
-                if not storage.is_local(path):
-                    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                    for name in names:
-                        storage.download(storage.join(path, name), folder / name)
-                reader = cls(path, [stack.enter_context(safe_open(folder / name, "pt")) for name in sorted(names)])
-            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"checkpoint {path} cannot be read: {error!r}; use an older one") from None
-            yield reader
-
-    def check(self, shapes: dict[str, tuple[int, ...]], *, averages: bool) -> None:
-        """Raise ValueError unless it holds parameters of these names and shapes, and their averages where wanted."""
-        wrong = [
-            f"{name}: {self.shapes.get(name, 'absent')} there, {shapes.get(name, 'absent')} here"
-            for name in shapes | self.shapes
-            if self.shapes.get(name) != shapes.get(name)
-        ]
-        if wrong:
-            raise ValueError(
-                f"{self.path} holds another model ({'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}); "
-                "use the configuration that it was written with, or another output folder"
-            )
-        if averages and not any(name.startswith("ema/") for name in self.names):
-            raise ValueError(
-                f"{self.path} keeps no average of the weights, but training.ema_half_life_samples asks for one; "
-                "set it to 0 or use another output folder"
-            )
-
-    def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
-        """Elements `start` to `stop` of a flattened parameter's weight, moment or average; a buffer whole."""
-        if name in self.buffers:
-            return self.buffers[name].get_tensor(f"buffer/{name}")
-        parts, position = [], start
-        for offset, length, file in sorted(self.fragments.get(name, []), key=lambda fragment: fragment[:2]):
-            if offset <= position < min(offset + length, stop):
-                end = min(offset + length, stop)
-                parts.append(file.get_slice(f"{kind}/{name}")[position - offset : end - offset])
-                position = end
-        if position != stop:
-            raise ValueError(f"{self.path} lacks {kind} of {name} from element {position}; use an older checkpoint")
-        return torch.cat(parts) if parts else torch.empty(0)
 
 
 _UNCOMMITTED = "it has no manifest (its writing was cut short)"
@@ -353,7 +290,7 @@ def _problem(path: str, rank: int = 0, world: int = 1) -> str | None:
         if content is None:
             return _UNCOMMITTED
         manifest = json.loads(content)
-        if manifest["format"] != FORMAT and manifest["format"] == _read_json(path, "state.json")["format"]:
+        if manifest["format"] != FORMAT and manifest["format"] == read_json(path, "state.json")["format"]:
             return None  # another version's, as both of its files say: not ours to judge, and `read_state` refuses it
         files = manifest["files"]
         if content != _encode_manifest(files):
@@ -370,7 +307,7 @@ def _problem(path: str, rank: int = 0, world: int = 1) -> str | None:
         if "state.json" not in files:
             return "its manifest lacks state.json"
         if rank == 0 and storage.is_local(path):
-            with _Reader.open(path):
+            with Reader.open(path):
                 pass
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -387,10 +324,6 @@ def _write_patiently(path: str, files: Files) -> dict[str, dict[str, Any]] | str
         except (OSError, ValueError, SafetensorError) as error:
             problem = str(error)
     return problem
-
-
-def _read_json(path: str, name: str) -> Any:
-    return json.loads(storage.read_bytes(storage.join(path, name)) or b"")
 
 
 def _names(folder: str) -> list[str]:
@@ -417,7 +350,7 @@ def _best(folder: str, names: Sequence[str]) -> list[str]:
     scores = []
     for name in names:
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            score = _read_json(storage.join(folder, name), "state.json")["score"]
+            score = read_json(storage.join(folder, name), "state.json")["score"]
             if isinstance(score, float) and math.isfinite(score):
                 scores.append((score, name))
     return [min(scores)[1]] if scores else []

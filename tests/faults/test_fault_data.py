@@ -24,7 +24,8 @@ from tiny_sets import png, read_tiny, save_picture, write_set
 from distributed_inr.data import reader
 from distributed_inr.data.prepare import Plan, prepare_images, verify
 from distributed_inr.data.reader import Data, Read, ShardDataset, evaluation_stream, read_latent, training_stream
-from distributed_inr.data.shards import ShardIndex, ShardWriter, write_index
+from distributed_inr.data.shard_writer import ShardWriter, write_index
+from distributed_inr.data.shards import ShardIndex
 from distributed_inr.domains import Image
 
 ROOT = Path(__file__).resolve().parents[2]

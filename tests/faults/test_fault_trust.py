@@ -30,7 +30,8 @@ from distributed_inr.config import override
 from distributed_inr.data import prepare
 from distributed_inr.data.cache import Cache
 from distributed_inr.data.reader import ShardDataset, read_latent
-from distributed_inr.data.shards import ShardWriter, load_index
+from distributed_inr.data.shard_writer import ShardWriter
+from distributed_inr.data.shards import load_index
 from distributed_inr.domains import Image
 from distributed_inr.evaluation import metrics
 from distributed_inr.experiment import Experiment
