@@ -2,10 +2,16 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from processes import run_processes
 from tiny_run import tiny_experiment, write_pictures
 
 from distributed_inr import pipeline
@@ -13,6 +19,7 @@ from distributed_inr.config import override, to_json
 from distributed_inr.experiment import Experiment
 from distributed_inr.launch import Worker
 from distributed_inr.run_folder import Stage
+from distributed_inr.training.fragments import rank_and_world
 from distributed_inr.training.ledger import Account
 
 BATCH = 4
@@ -65,6 +72,19 @@ def fit(worker: Worker, experiment: Experiment, *, at_micro_batch: Callable[[int
     )
 
 
+def train_alone(folder: Path, **changes: Any) -> Experiment:
+    """The run to which nothing happens, in two processes without Ray."""
+    experiment = make_experiment(folder, **changes)
+    stage_of(experiment)
+    run_processes(_train_alone, 2, experiment)
+    return experiment
+
+
+def _train_alone(experiment: Experiment) -> None:
+    rank, world = rank_and_world()
+    fit(Worker(rank, world, lambda metrics: None, lambda *progress: None, lambda: False), experiment)
+
+
 def read_losses(experiment: Experiment) -> list[dict[str, Any]]:
     """The lines of the log, without what depends on the clock."""
     lines = (experiment.folder / "autoencoder" / "metrics.jsonl").read_text().splitlines()
@@ -85,3 +105,62 @@ def read_starts(experiment: Experiment) -> list[int]:
     """The samples at which the run was started and restarted."""
     folders = sorted((experiment.folder / "autoencoder" / "ledger").iterdir())
     return [int(folder.name.rpartition("-")[2]) for folder in folders]
+
+
+class Job:
+    """A training process; `changes` as those of `make_experiment`."""
+
+    def __init__(self, folder: Path, environment: dict[str, str] | None = None, **changes: Any) -> None:
+        self.experiment: Experiment = make_experiment(folder, **changes)
+        command = [sys.executable, "tests/fault_job.py", str(folder), json.dumps(changes)]
+        _jobs.append(self)
+        self.process = subprocess.Popen(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}), stderr=subprocess.PIPE, text=True
+        )
+
+    @property
+    def num_lines(self) -> int:
+        metrics = self.experiment.folder / "autoencoder" / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert self.process.poll() is None, self.process.communicate()[1]
+            assert time.monotonic() < deadline, "waited 120 s"
+            time.sleep(0.02)
+
+    def stop(self, number: signal.Signals) -> tuple[float, str]:
+        """Send a signal and wait for the end; returns the seconds that took and what was printed."""
+        begin = time.monotonic()
+        self.process.send_signal(number)
+        _, printed = self.process.communicate(timeout=60)
+        return time.monotonic() - begin, printed
+
+    def finish(self) -> None:
+        _, printed = self.process.communicate(timeout=120)
+        assert self.process.returncode == 0, printed
+
+    @property
+    def samples_kept(self) -> int:
+        """Of the newest committed checkpoint."""
+        checkpoints = self.experiment.folder / "autoencoder" / "checkpoints"
+        return max(int(path.parent.name) for path in checkpoints.glob("*/manifest.json"))
+
+    @property
+    def samples_seen(self) -> int:
+        ledger = self.experiment.folder / "autoencoder" / "ledger"
+        lines = [line for path in ledger.glob("*/*.tsv") for line in path.read_text().splitlines()]
+        return max((1 + int(line.split("\t")[0]) for line in lines), default=0)
+
+
+_jobs: list[Job] = []
+
+
+def kill_jobs() -> None:
+    """Those that a failed test has left."""
+    for job in _jobs:
+        if job.process.poll() is None:
+            job.process.kill()
+            job.process.communicate()
+    _jobs.clear()

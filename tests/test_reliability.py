@@ -15,13 +15,17 @@ def find_faults() -> dict[int, list[tuple[str, str, str, bool]]]:
     """By number: what happens, what follows, the test, and whether it is among the long ones."""
     faults = defaultdict(list)
     for path in sorted(Path("tests").rglob("test_*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        marks = [
+            ast.unparse(n.value) for n in tree.body if isinstance(n, ast.Assign) and "pytestmark" in ast.unparse(n)
+        ]
+        for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef) or not (named := re.match(r"test_fault_(\d\d)_", node.name)):
                 continue
             line = (ast.get_docstring(node) or "").splitlines()[0].rstrip(".")
             fault, _, outcome = line.partition(": ")
             assert fault and outcome, f"{path}: {node.name} needs a docstring of the form 'fault: what follows.'"
-            long = any("mark.faults" in ast.unparse(decorator) for decorator in node.decorator_list)
+            long = any("mark.faults" in mark for mark in [*marks, *map(ast.unparse, node.decorator_list)])
             faults[int(named[1])].append((fault, outcome, f"{path.name}::{node.name}", long))
     return dict(sorted(faults.items()))
 

@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from conftest import LocalRay, in_environment
-from fault_runs import BATCH, fit, make_experiment, read_account, read_losses, read_starts, read_weights, stage_of
+from fault_runs import (
+    BATCH,
+    fit,
+    make_experiment,
+    read_account,
+    read_losses,
+    read_starts,
+    read_weights,
+    stage_of,
+    train_alone,
+)
 
 from distributed_inr.experiment import Experiment
 from distributed_inr.launch import Launcher, Worker, launcher
@@ -26,7 +36,7 @@ def place(local_ray: LocalRay) -> Iterator[Launcher]:
 
 @pytest.fixture(scope="module")
 def run(place: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Experiment]:
-    """Trains, with a fault injected on rank 1 in the fifth step of the first attempt: "stop", "skip" or none."""
+    """Trains, with a fault injected on rank 1 in the fifth step of the first attempt: "stop" or "skip"."""
     folder = tmp_path_factory.mktemp("hangs")
 
     def run(fault: str) -> Experiment:
@@ -41,7 +51,7 @@ def run(place: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
 
             def step(self, *args, **kwargs):
                 nonlocal skipping
-                if worker.rank == 1 and self.steps == 4 and fault != "none" and not mark.exists():
+                if worker.rank == 1 and self.steps == 4 and not mark.exists():
                     mark.write_text(str(time.time()))
                     if fault == "stop":
                         os.kill(os.getpid(), signal.SIGSTOP)
@@ -68,8 +78,8 @@ def run(place: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
 
 
 @pytest.fixture(scope="module")
-def whole(run: Callable[..., Experiment]) -> Experiment:
-    return run("none")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    return train_alone(tmp_path_factory.mktemp("whole"), steps=STEPS, name="whole")
 
 
 def check(experiment: Experiment, whole: Experiment) -> None:

@@ -1,37 +1,33 @@
 """Nodes of a Ray cluster that go and come, several on this machine: the run waits for them and goes on."""
 
 import contextlib
+import subprocess
+import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import kill_tree, ray_head, ray_node
-from fault_runs import BATCH, fit, make_experiment, read_account, read_losses, read_starts, read_weights, stage_of
-from processes import run_processes
-from test_fault_stopping import Job
+from conftest import LocalRay, kill_tree, ray_head, ray_node
+from fault_runs import (
+    BATCH,
+    Job,
+    read_account,
+    read_losses,
+    read_starts,
+    read_weights,
+    train_alone,
+)
 
-from distributed_inr.launch import Worker
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.faults]
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-CHANGES = {"steps": 400, "autoencoder_training__checkpoint_every_samples": 20 * BATCH}
-
-
-def train_whole(folder: Path) -> None:
-    import torch.distributed as dist
-
-    worker = Worker(dist.get_rank(), dist.get_world_size(), lambda metrics: None, lambda *progress: None, lambda: False)
-    fit(worker, make_experiment(folder, name="whole", **CHANGES))
+CHANGES = {"steps": 700, "autoencoder_training__checkpoint_every_samples": 20 * BATCH}
 
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run on two nodes of one CPU; one is killed and replaced, then both, and replaced after a while."""
     folder = tmp_path_factory.mktemp("nodes")
-    whole = make_experiment(folder, name="whole", **CHANGES)
-    stage_of(whole)
-    run_processes(train_whole, 2, folder)
+    whole = train_alone(folder, name="whole", **CHANGES)
     with contextlib.ExitStack() as stack:
         head = stack.enter_context(ray_head(num_cpus=0))
         nodes = [stack.enter_context(ray_node(head)) for _ in range(2)]
@@ -40,6 +36,9 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         kill_tree(nodes[1])
         nodes.append(stack.enter_context(ray_node(head)))
         job.wait_until(lambda: len(read_starts(job.experiment)) == 2 and job.num_lines >= 100)
+        announce_end_of_a_node(head)
+        job.wait_until(lambda: job.samples_kept % (20 * BATCH) != 0)  # a checkpoint out of turn
+        noticed = job.samples_kept
         kill_tree(nodes[0])
         kill_tree(nodes[2])
         lines = job.num_lines
@@ -48,7 +47,24 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for _ in range(2):
             stack.enter_context(ray_node(head))
         job.finish()
-    return {"run": job.experiment, "whole": whole, "waited": waited}
+    return {"run": job.experiment, "whole": whole, "waited": waited, "noticed": noticed}
+
+
+LIVING = """
+import ray
+ray.init(log_to_driver=False, logging_level="error")
+print([node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")][0])
+"""
+
+
+def announce_end_of_a_node(head: LocalRay) -> None:
+    """As a cloud does that will take a machine back: Ray tells the workers."""
+    found = subprocess.run(
+        [sys.executable, "-c", LIVING], env=head.environment, check=True, capture_output=True, text=True
+    )
+    command = ["ray", "drain-node", f"--address={head.address}", f"--node-id={found.stdout.strip()}"]
+    command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test", "--deadline-remaining-seconds=60"]
+    subprocess.run(command, env=head.environment, check=True, capture_output=True)
 
 
 def check(moved: dict[str, Any], start: int) -> None:
@@ -62,6 +78,12 @@ def check(moved: dict[str, Any], start: int) -> None:
 def test_fault_08_a_node_is_removed(moved: dict[str, Any]):
     """a node is killed and another one added: the run goes on with it; equal in every bit."""
     check(moved, 1)
+
+
+def test_fault_17_a_node_will_be_taken_away(moved: dict[str, Any]):
+    """Ray's notice that a node will be taken away: a checkpoint at once, out of turn, and the run goes on from it."""
+    assert read_starts(moved["run"])[2] >= moved["noticed"] > 0
+    check(moved, 2)
 
 
 def test_fault_09_all_nodes_are_removed(moved: dict[str, Any]):

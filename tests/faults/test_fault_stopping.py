@@ -1,12 +1,8 @@
 """Runs that are asked to stop, at any moment, or whose driver dies: a checkpoint, a line, and on from there."""
 
 import http.server
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import LocalRay
-from fault_runs import BATCH, make_experiment, read_account, read_losses, read_starts, read_weights
+from fault_runs import BATCH, Job, kill_jobs, read_account, read_losses, read_starts, read_weights, train_alone
 from tiny_run import write_pictures
 
 from distributed_inr.experiment import Experiment
@@ -26,52 +22,6 @@ STEPS = 12
 ALONE = {"scale__launcher": "none", "scale__num_threads": 1}
 LONG = {"steps": 150, "autoencoder_training__checkpoint_every_samples": 20 * BATCH}
 GRACE_SECONDS = 5.0
-
-
-class Job:
-    """A training process; `changes` as those of `make_experiment`."""
-
-    def __init__(self, folder: Path, environment: dict[str, str] | None = None, **changes: Any) -> None:
-        self.experiment: Experiment = make_experiment(folder, **changes)
-        command = [sys.executable, "tests/fault_job.py", str(folder), json.dumps(changes)]
-        self.process = subprocess.Popen(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}), stderr=subprocess.PIPE, text=True
-        )
-
-    @property
-    def num_lines(self) -> int:
-        metrics = self.experiment.folder / "autoencoder" / "metrics.jsonl"
-        return metrics.read_text().count("\n") if metrics.exists() else 0
-
-    def wait_until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
-        while not condition():
-            assert self.process.poll() is None, self.process.communicate()[1]
-            assert time.monotonic() < deadline, "waited 120 s"
-            time.sleep(0.02)
-
-    def stop(self, number: signal.Signals) -> tuple[float, str]:
-        """Send a signal and wait for the end; returns the seconds that took and what was printed."""
-        begin = time.monotonic()
-        self.process.send_signal(number)
-        _, printed = self.process.communicate(timeout=60)
-        return time.monotonic() - begin, printed
-
-    def finish(self) -> None:
-        _, printed = self.process.communicate(timeout=120)
-        assert self.process.returncode == 0, printed
-
-    @property
-    def samples_kept(self) -> int:
-        """Of the newest committed checkpoint."""
-        checkpoints = self.experiment.folder / "autoencoder" / "checkpoints"
-        return max(int(path.parent.name) for path in checkpoints.glob("*/manifest.json"))
-
-    @property
-    def samples_seen(self) -> int:
-        ledger = self.experiment.folder / "autoencoder" / "ledger"
-        lines = [line for path in ledger.glob("*/*.tsv") for line in path.read_text().splitlines()]
-        return max((1 + int(line.split("\t")[0]) for line in lines), default=0)
 
 
 def expect_equal(found: Experiment, expected: Experiment) -> None:
@@ -102,6 +52,12 @@ class Gate(http.server.SimpleHTTPRequestHandler):
             super().copyfile(source, outputfile)
         except ConnectionError:  # the job has ended meanwhile
             pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_job_left() -> Iterator[None]:
+    yield
+    kill_jobs()
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +166,7 @@ def test_fault_13_sigterm_at_twenty_moments(served: tuple[Path, str], long: Expe
 def driven(served: tuple[Path, str], local_ray: LocalRay) -> dict[str, Any]:
     """A run of two Ray workers whose driver gets SIGTERM and, when it goes on, kill -9; and one left alone."""
     folder, environment = served[0], local_ray.environment
-    whole = Job(folder, environment, name="on-ray", **LONG)
-    whole.finish()
+    whole = train_alone(folder, name="two", **LONG)
     first = Job(folder, environment, name="driven", **LONG)
     first.wait_until(lambda: first.num_lines >= 33)
     seconds, printed = first.stop(signal.SIGTERM)
@@ -222,7 +177,7 @@ def driven(served: tuple[Path, str], local_ray: LocalRay) -> dict[str, Any]:
     second.process.communicate()
     last = Job(folder, environment, name="driven", **LONG)
     last.finish()
-    return stopped | {"code": first.process.returncode, "run": last.experiment, "whole": whole.experiment}
+    return stopped | {"code": first.process.returncode, "run": last.experiment, "whole": whole}
 
 
 @pytest.mark.ray
