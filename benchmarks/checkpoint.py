@@ -10,6 +10,7 @@ import dataclasses
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +51,16 @@ def main() -> None:
     )  # fmt: skip
     averages = [dataclasses.replace(f, weight=f.weight.clone(), moments={}) for f in engine.state()]
 
-    def step() -> float:
+    stalls: list[float] = []  # of the checkpoint that is being written
+
+    def step(wait: Callable[[], None] = lambda: None) -> float:
+        def wait_and_time() -> None:
+            begin = time.perf_counter()
+            wait()
+            stalls.append(time.perf_counter() - begin)
+
         begin = time.perf_counter()
-        engine.step(engine.forward(batch), keys=batch.key, lr=1e-4)
+        engine.step(engine.forward(batch), keys=batch.key, lr=1e-4, before_update=wait_and_time)
         return time.perf_counter() - begin
 
     steps = [step() for _ in range(10)][2:]
@@ -66,12 +74,12 @@ def main() -> None:
                 writer.commit(needed=True)
                 waited.append(time.perf_counter() - begin)
                 continue
-            stall = time.perf_counter() - begin
+            stalls = [time.perf_counter() - begin]
             while not writer.has_written:
-                beside.append(step())
+                beside.append(step(writer.wait_for_copy))
             begin = time.perf_counter()
             writer.commit(needed=True)
-            held.append(stall + time.perf_counter() - begin)
+            held.append(sum(stalls) + time.perf_counter() - begin)
         writer.close()
     waited, held = waited[1:], held  # the first one makes the buffers
     sync, asynchronous = statistics.median(waited), statistics.median(held)

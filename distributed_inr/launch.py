@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import shutil
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ import torch
 
 from distributed_inr.allocator import WORKER_ENVIRONMENT, keep_freed_memory
 from distributed_inr.console import Bar, exit_if_stopped, log_file, signals
+from distributed_inr.training.background import Background
 from distributed_inr.training.engine import Scale
 from distributed_inr.worker import POLL_SECONDS, Beat, Mail, Worker, kill_process, read_beats, work, write_stacks
 
@@ -208,9 +208,9 @@ class _OnRay:
         try:
             # fit() waits in a thread of its own, so that this one can draw and hear signals.
             with signals(stoppable) as received, Bar(title) as bar:
-                fitted = _in_thread(trainer.fit)
+                fitted = Background("fit").submit(trainer.fit)
                 self._attend(fitted, mail, bar, received, _Watch(mail, world, scale.timeout_seconds, folder))
-                mistake, cause, error = mail.get("mistake"), mail.get("cause"), fitted.exception()
+                mistake, cause, error = mail.get("mistake"), _first_cause(mail), fitted.exception()
         finally:
             mail.close()
         if mistake is not None:
@@ -233,18 +233,26 @@ class _OnRay:
                 bar.say(text)
             if received and mail.get("stop") is None:
                 mail.put("stop", True)
-                bar.say("stopping after this step, with a checkpoint; once more stops at once")
+                bar.say("stopping, with a checkpoint; once more stops at once")
             if (found := mail.get("attempt") or 1) > attempt:
                 attempt = found
-                why = (mail.get("cause") or "a worker died").strip().splitlines()[-1]
+                why = (mail.get(f"cause/{attempt - 1}") or "a worker died").strip().splitlines()[-1]
                 bar.say(f"workers restarted, {attempt - 1} of at most {self.scale.max_failures} times: {why}")
             for text in mail.take("warnings"):
                 bar.say(text)
             if (state := mail.get("progress")) is not None:
                 bar.update(*state)
+        for text in mail.take("warnings"):
+            bar.say(text)
 
     def _gpu(self) -> dict[str, float]:
         return {"GPU": 1} if self.use_gpu else {}
+
+
+def _first_cause(mail: Mail) -> str | None:
+    """Of the first attempt that could say one."""
+    causes = (mail.get(f"cause/{attempt}") for attempt in range(1, 1 + (mail.get("attempt") or 0)))
+    return next((cause for cause in causes if cause is not None), None)
 
 
 class _Watch:
@@ -293,7 +301,7 @@ class _Watch:
                         f"{beat.place}, and was not heard of for {self.timeout_seconds} s: it is killed; see "
                         f"{self.folder / 'hang.txt'}"
                     )
-                    self.mail.put("cause", found[-1])
+                    self.mail.put(f"cause/{self.mail.get('attempt')}", found[-1])
         return found
 
 
@@ -301,20 +309,6 @@ def _set_environment() -> None:
     os.environ |= {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def _in_thread(function: Callable[[], Any]) -> "Future[Any]":
-    """Call `function` in a thread that does not keep the process alive."""
-    future: Future[Any] = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return future
 
 
 def _runtime_env() -> dict[str, Any]:

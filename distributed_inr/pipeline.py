@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distributed_inr.config import override, to_dict, to_json
+from distributed_inr.config import differences, from_json, override, to_dict, to_json
 from distributed_inr.console import signals
 from distributed_inr.data import storage
 from distributed_inr.data.reader import ShardDataset, read_latent
@@ -62,27 +62,10 @@ def run(experiment: Experiment) -> dict[str, Path]:
         check_checkpoints(experiment, shared=shared)
         folder = experiment.folder
         stack.enter_context(locked(folder))
-        tree = to_dict(experiment)
-        order, accepted = {name: tree["data"][name] for name in _ORDER}, experiment.data.accept_changed
-        fit = Stage(
-            folder / "autoencoder",
-            {name: tree[name] for name in ("seed", "domain", "autoencoder")}
-            | {"data": order, "autoencoder_training": _lasting(tree["autoencoder_training"])},
-            accepted,
-        )
-        encode = Stage(folder / "latents", {"domain": tree["domain"]}, accepted)
-        fit_prior = Stage(
-            folder / "prior",
-            {"seed": tree["seed"], "prior": tree["prior"]}
-            | {"data": order, "prior_training": _lasting(tree["prior_training"])},
-            accepted,
-        )
-        evaluation = Stage(
-            folder / "evaluation",
-            {name: _lasting(tree[name]) for name in ("sampling", "evaluation")} | {"seed": tree["seed"]},
-        )
+        fit, encode, fit_prior, evaluation = _stages(experiment)
         for stage in (fit, encode, fit_prior):
             stage.refuse_other_options()
+        _refuse_other_checkpoints(experiment)
         for stage, path in ((fit, "autoencoder_training"), (fit_prior, "prior_training")):
             if not stage.was_finished:
                 getattr(experiment, path).num_micro_batches(place.num_workers, path=path)
@@ -131,13 +114,61 @@ def run(experiment: Experiment) -> dict[str, Path]:
     return {"run": folder} | models | {name: folder / name for name in names if (folder / name).exists()}
 
 
+def _stages(experiment: Experiment) -> tuple[Stage, Stage, Stage, Stage]:
+    """The stages' folders, each with the options that what it holds depends on."""
+    tree, folder, accepted = to_dict(experiment), experiment.folder, experiment.data.accept_changed
+    place: dict[str, Any] = {"data": {name: tree["data"][name] for name in _ORDER}}
+    if experiment.checkpoints is not None:
+        place["checkpoints"] = experiment.checkpoints
+    fit = (
+        {name: tree[name] for name in ("seed", "domain", "autoencoder")}
+        | place
+        | {"autoencoder_training": _lasting(tree["autoencoder_training"])}
+    )
+    fit_prior = {name: tree[name] for name in ("seed", "prior")} | place
+    fit_prior |= {"prior_training": _lasting(tree["prior_training"])}
+    evaluation = {name: _lasting(tree[name]) for name in ("sampling", "evaluation")} | {"seed": tree["seed"]}
+    return (
+        Stage(folder / "autoencoder", fit, accept_changed=accepted),
+        Stage(folder / "latents", {"domain": tree["domain"]}, accept_changed=accepted),
+        Stage(folder / "prior", fit_prior, accept_changed=accepted),
+        Stage(folder / "evaluation", evaluation),
+    )
+
+
+def _refuse_other_checkpoints(experiment: Experiment) -> None:
+    """Where checkpoints lie apart from the run folder, those of another run of that name must not be gone on from."""
+    if experiment.checkpoints is None:
+        return
+    fit, _, fit_prior, _ = _stages(experiment)
+    for stage in (fit, fit_prior):
+        place = experiment.checkpoints_of(stage.folder.name)
+        text = checkpoint.read_config(place)
+        if text is None:
+            continue
+        others = {other.folder.name: other for other in _stages(from_json(Experiment, text))}
+        changed = differences(others[stage.folder.name].options, stage.options)
+        if changed:
+            shown = "; ".join(f"{path} is {old} there and {new} here" for path, (old, new) in changed.items())
+            raise ValueError(
+                f"{place} was written with other options: {shown}. Set them back, choose another --name or "
+                f"--checkpoints, or delete {place}"
+            )
+
+
 def check_ledgers(folder: Path) -> dict[str, Account]:
     """What the sample ledgers of a finished run show, by stage. Raises ValueError where there are none."""
     experiment = override(read_experiment(folder), {"output": str(folder.absolute().parents[1])})
     train_index, _ = _indexes(experiment)
-    sets = {"autoencoder": experiment.dataset(train_index)}
-    if (folder / "latents" / "index.json").exists():
+    sets: dict[str, ShardDataset] = {}
+    if experiment.autoencoder_training.ledger:
+        sets["autoencoder"] = experiment.dataset(train_index)
+    if experiment.prior_training.ledger:
         sets["prior"] = _latent_dataset(experiment, folder / "latents")
+    if not sets:
+        raise ValueError(
+            f"{folder} holds no ledger; train with --autoencoder-training.ledger true or --prior-training.ledger true"
+        )
     accounts = {}
     for name, dataset in sets.items():
         newest = checkpoint.newest(experiment.checkpoints_of(name))

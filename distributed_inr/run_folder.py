@@ -1,6 +1,7 @@
 """The run folder: where it may lie, which job holds it, what fits into it, and what its stages were made from."""
 
 import contextlib
+import dataclasses
 import datetime
 import errno
 import fcntl
@@ -30,7 +31,7 @@ class Stage:
 
     folder: Path
     options: Mapping[str, Any]
-    accept_changed: bool = False
+    accept_changed: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def _record(self) -> Mapping[str, Any] | None:
@@ -64,13 +65,14 @@ class Stage:
         if record is None:
             return False
         changed = sorted(differences(record["inputs"], inputs))
-        if changed and not self.accept_changed:
+        accepted = self.accept_changed and changed == ["train"]
+        if changed and not accepted:
             raise ValueError(
                 f"{self.folder} was made from other inputs ({', '.join(changed)}). Restore them, choose another --name "
-                f"or --output, delete {self.folder} to make it again, or accept them: --data.accept-changed"
+                f"or --output, delete {self.folder} to make it again, or accept other data: --data.accept-changed"
             )
         if changed:
-            logger.warning("%s was made from other inputs (%s), which are accepted", self.folder, ", ".join(changed))
+            logger.warning("%s was made from other data, which are accepted", self.folder)
         return record["complete"]
 
     def is_current(self, inputs: Mapping[str, str]) -> bool:

@@ -26,7 +26,10 @@ import torch
 
 from distributed_inr.allocator import keep_freed_memory
 from distributed_inr.console import log_file
+from distributed_inr.data.storage import Unreachable
 from distributed_inr.training.engine import Scale
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 _BEAT_SECONDS = 1.0
@@ -107,17 +110,19 @@ def work(
     ):
         try:
             function(Worker(rank, world, ray.train.report, progress, stop, save))
-        except _MISTAKES as error:
-            mail.put("mistake", str(error), overwrite=False)
-            raise
         except Exception as error:
-            cause = "".join(traceback.format_exception(error))
-            if "timed out" in str(error).lower():  # a collective, of gloo or NCCL
+            if not torch.distributed.is_initialized():
+                raise  # Ray is ending this worker because another one has failed
+            if isinstance(error, _MISTAKES) and not isinstance(error, Unreachable):
+                mail.put("mistake", str(error), overwrite=False)
+                raise
+            name, cause = f"cause/{mail.get('attempt')}", "".join(traceback.format_exception(error))
+            if mail.get(name) is None and "timed out" in str(error).lower():  # a collective
                 beats = read_beats(mail, range(world))
                 write_stacks(folder, beats)
                 others = "; ".join(beat.place for beat in beats if beat.rank != rank)
                 cause += f"rank {rank} waited {scale.timeout_seconds} s for the others: {others}; see {folder}/hang.txt"
-            mail.put("cause", cause, overwrite=False)
+            mail.put(name, cause, overwrite=False)
             raise
 
 
@@ -147,7 +152,7 @@ class Mail:
         from ray.experimental.internal_kv import _internal_kv_list
 
         keys = _internal_kv_list(f"{self.run}/{folder}/", namespace=_NAMESPACE)
-        names = [key.decode().removeprefix(f"{self.run}/") for key in keys]
+        names = sorted(key.decode().removeprefix(f"{self.run}/") for key in keys)
         values = [self.get(name) for name in names]
         for name in names:
             self.remove(name)
@@ -204,8 +209,8 @@ def write_stacks(folder: Path, beats: Iterable[Beat]) -> None:
 
 
 def kill_process(pid: int, started: str) -> bool:
-    """Kill a process of this machine, even a stopped one; False if it has ended already."""
-    if _start_of(pid) != started:
+    """Kill a process of this machine, even a stopped one; False if it has ended, or where that cannot be told."""
+    if not started or _start_of(pid) != started:
         return False
     os.kill(pid, signal.SIGKILL)
     return True
@@ -224,7 +229,8 @@ def _heartbeat(mail: Mail, rank: int, node: str) -> Iterator[None]:
             frame = f"{Path(ours[-1].filename).name}:{ours[-1].lineno} in {ours[-1].name}"
             stack = "".join(traceback.format_list(frames))
             now = dataclasses.replace(beat, count=count, frame=frame, stack=stack)
-            mail.put(f"beats/{rank}", dataclasses.asdict(now))
+            with _tolerating_the_store():
+                mail.put(f"beats/{rank}", dataclasses.asdict(now))
             if ended.wait(_BEAT_SECONDS):
                 return
 
@@ -235,7 +241,17 @@ def _heartbeat(mail: Mail, rank: int, node: str) -> Iterator[None]:
     finally:
         ended.set()
         teller.join()
-        mail.remove(f"beats/{rank}")
+        with _tolerating_the_store():
+            mail.remove(f"beats/{rank}")
+
+
+@contextlib.contextmanager
+def _tolerating_the_store() -> Iterator[None]:
+    """A letter that cannot be sent is no reason to end the training."""
+    try:
+        yield
+    except Exception as error:
+        logger.debug("the cluster's store: %s", error)
 
 
 def _start_of(pid: int) -> str:
@@ -250,9 +266,14 @@ def _start_of(pid: int) -> str:
 def _mailed_warnings(mail: Mail) -> Iterator[None]:
     """Send our warnings to the driver."""
 
+    process = os.getpid()
+
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            mail.put(f"warnings/{uuid.uuid4().hex}", record.getMessage())
+            if os.getpid() != process:
+                return  # a forked loader, where the cluster's client would wait for ever
+            with _tolerating_the_store():
+                mail.put(f"warnings/{time.time_ns():020d}-{uuid.uuid4().hex}", record.getMessage())
 
     handler, log = Handler(logging.WARNING), logging.getLogger("distributed_inr")
     log.addHandler(handler)

@@ -116,3 +116,22 @@ def test_an_interrupt_stops_the_workers_after_their_step(place: Launcher, tmp_pa
         place.run(work, title="interrupted", folder=tmp_path, stoppable=True)
     assert ended.value.code == 130
     assert (tmp_path / "checkpoint").exists()
+
+
+def test_a_warning_in_a_loader_process_does_not_wait_for_ray(place: Launcher, tmp_path: Path):
+    def work(worker: Worker) -> None:
+        import logging
+
+        child = os.fork()
+        if child == 0:
+            logging.getLogger("distributed_inr").warning("bad sample")
+            os._exit(7)
+        deadline = time.monotonic() + 20
+        while (found := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if found == (0, 0):
+            os.kill(child, signal.SIGKILL)
+        (tmp_path / f"{worker.rank}").write_text(str(os.waitstatus_to_exitcode(found[1]) if found[0] else "hangs"))
+
+    place.run(work, title="forks", folder=tmp_path)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["7", "7"]

@@ -240,6 +240,55 @@ def alone(run: Run) -> list[dict[str, float]]:
     return run.lines("alone")
 
 
+class AskIn:
+    """Says True at the n-th question, once."""
+
+    def __init__(self, questions: int) -> None:
+        self.left = questions
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+
+IN_EVALUATION = 4 * 3 + 3
+"""Of the questions to one worker, that in the middle of the evaluation after the third step of four micro-batches."""
+
+
+def interrupt_evaluation(data: Path, folder: Path) -> list[bool]:
+    scale, keep_all = Scale(engine="accelerate"), override(TRAINING, {"keep_checkpoints": 10})
+    call_train(data, folder / "whole", scale)
+    call_train(data, folder / "saved", scale, keep_all, save=AskIn(IN_EVALUATION))
+    stopped = call_train(data, folder / "stopped", scale, stop=AskIn(IN_EVALUATION))
+    resumed = train(
+        make_module(),
+        open_set(data),
+        training=TRAINING,
+        scale=scale,
+        seed=3,
+        folder=folder / "stopped",
+        config_json="{}",
+    )
+    return [stopped["complete"], resumed]
+
+
+@pytest.mark.slow
+def test_a_stop_or_a_wish_for_a_checkpoint_in_an_evaluation(tmp_path: Path):
+    make_set(tmp_path / "data")
+    assert run_processes(interrupt_evaluation, 1, tmp_path / "data", tmp_path) == [[False, True]]
+    state = checkpoint.read_state(str(tmp_path / "saved" / "checkpoints" / f"{24:012d}"))
+    assert state["is_unevaluated"] and state["sums"]  # written in the evaluation, before its line was logged
+
+    def lines(name: str) -> list[dict[str, float]]:
+        return without_clock(
+            [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        )
+
+    assert lines("saved") == lines("whole")
+    no_validation = [{key: value for key, value in line.items() if "val/" not in key} for line in lines("whole")]
+    assert lines("stopped") == no_validation  # it went on without a validation set
+
+
 def train_twice_with_other_seed(data: Path, folder: Path) -> str:
     call_train(data, folder, Scale(engine="accelerate"), override(TRAINING, {"num_samples": 8}))
     try:

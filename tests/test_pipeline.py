@@ -110,10 +110,12 @@ def test_fault_37_other_training_data(experiment: Experiment, tmp_path: Path, ca
     write_pictures(tmp_path / "train", 33, seed=3)
     before = written(experiment.folder)
     changed = override(experiment, {"data.train": str(tmp_path / "train")})
-    with pytest.raises(ValueError, match=r"was made from other inputs \(train\).*accept them: --data.accept-changed"):
+    with pytest.raises(
+        ValueError, match=r"was made from other inputs \(train\).*accept other data: --data.accept-changed"
+    ):
         pipeline.run(changed)
     pipeline.run(override(changed, {"data.accept_changed": True}))
-    assert "was made from other inputs (train), which are accepted" in caplog.text
+    assert "was made from other data, which are accepted" in caplog.text
     assert written(experiment.folder) == before
 
 

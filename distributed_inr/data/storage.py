@@ -1,4 +1,4 @@
-"""Where shards lie: local paths, and object stores and web servers through fsspec."""
+"""Where shards and checkpoints lie: local paths, and object stores and web servers through fsspec."""
 
 import contextlib
 import errno
@@ -32,6 +32,10 @@ _METADATA = tuple(
 
 BUNDLED = Path(__file__).parents[2] / "examples" / "data"
 """Where a checkout keeps its example sets; they are no part of the installed package."""
+
+
+class Unreachable(ValueError):
+    """A store that does not answer, also when asked again: it may later."""
 
 
 def resolve(url: str) -> str:
@@ -206,7 +210,7 @@ def explain(error: OSError, folder: str) -> ValueError:
     """One line for a user from an error of the file system."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ValueError(f"no space left in {folder}; free some and run the same command again, which continues")
-    return ValueError(f"cannot write to {folder}: {error.strerror or error}; choose another place or its rights")
+    return ValueError(f"cannot write to {folder}: {error.strerror or error}; choose another place")
 
 
 def download(url: str, path: Path) -> None:
@@ -264,7 +268,7 @@ def _retry(url: str, action: Any) -> Any:
             if attempt == _ATTEMPTS - 1 or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                     raise
-                raise ValueError(
+                raise Unreachable(
                     f"{url} cannot be reached: {error}; tried {_ATTEMPTS} times. See whether it is there and this "
                     "machine may use it"
                 ) from error

@@ -5,17 +5,16 @@ they have theirs, again and again until all do or one of them is asked to stop: 
 waits for data.
 """
 
-import contextlib
 import datetime
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 
 import torch
 import torch.distributed as dist
 
 from distributed_inr.domains.domain import Signal
+from distributed_inr.training.background import Background
 
 _PATIENCE_SECONDS = 0.1
 """How long a rank waits for its data before it tells the others that it has none yet."""
@@ -26,7 +25,7 @@ class Agreement:
 
     Attributes:
         stopping: whether any rank was asked to stop. All ranks learn it at the same micro-batch.
-        saving: whether any rank was asked, at the last micro-batch, for a checkpoint.
+        saving: whether any rank was asked for a checkpoint; stays until it is set to False.
         written: whether every rank said, at the last micro-batch, that its part of a checkpoint is written.
 
     Args:
@@ -55,29 +54,31 @@ class Agreement:
 
     def batches(self, batches: Iterator[Signal]) -> Iterator[Signal]:
         """The same batches, each as soon as every rank has its own; ends when `stopping`."""
-        with _Reader(batches) as reader:
+        thread = Background("reader")
+        try:
             while True:
-                reader.ask()
-                if not self._wait(reader):
-                    return
-                batch = reader.take()
-                if batch is None:
+                coming: Future[Signal | None] = thread.submit(lambda: next(batches, None))
+                if not self._wait(coming) or (batch := coming.result()) is None:
                     return
                 yield batch
+        finally:
+            thread.stop()
 
-    def _wait(self, reader: "_Reader") -> bool:
+    def _wait(self, coming: "Future[Signal | None]") -> bool:
         """Wait until every rank has its batch; False when it is time to stop instead."""
         begin = time.monotonic()
-        self.saving = False
         while True:
-            here = reader.wait(_PATIENCE_SECONDS)
+            wait([coming], _PATIENCE_SECONDS)
+            here = coming.done()
             ready, stopping, saving, written = self._count(here, *(question() for question in self._questions))
             self.stopping, self.written = stopping > 0, written == self._world
             self.saving |= saving > 0
             if self.stopping or ready == self._world:
                 return not self.stopping
             if not here and time.monotonic() - begin > self._timeout_seconds:
-                raise TimeoutError(f"no data for {self._timeout_seconds} s; see whether the shards can be read")
+                raise TimeoutError(
+                    f"no data for scale.timeout_seconds={self._timeout_seconds}; see whether the shards can be read"
+                )
 
     def _count(self, *answers: bool) -> list[int]:
         """How many ranks say yes, to each of several questions."""
@@ -86,39 +87,3 @@ class Agreement:
         counts = torch.tensor(answers, dtype=torch.int32)
         dist.all_reduce(counts, group=self._group)
         return counts.tolist()
-
-
-class _Reader(contextlib.AbstractContextManager):
-    """Reads the next batch when asked to, on a thread that nobody has to wait for."""
-
-    def __init__(self, batches: Iterator[Signal]) -> None:
-        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._found: queue.SimpleQueue[Signal | BaseException | None] = queue.SimpleQueue()
-        self._here = threading.Event()
-        threading.Thread(target=self._read, args=(batches,), name="reader", daemon=True).start()
-
-    def ask(self) -> None:
-        self._here.clear()
-        self._asked.put(True)
-
-    def wait(self, seconds: float) -> bool:
-        """Whether the batch is there within that time."""
-        return self._here.wait(seconds)
-
-    def take(self) -> Signal | None:
-        """The batch; None at the end."""
-        found = self._found.get()
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-    def __exit__(self, *error: object) -> None:
-        self._asked.put(False)
-
-    def _read(self, batches: Iterator[Signal]) -> None:
-        while self._asked.get():
-            try:
-                self._found.put(next(batches, None))
-            except BaseException as error:
-                self._found.put(error)
-            self._here.set()

@@ -9,12 +9,13 @@
       state.json                           samples and steps done, and what else the loop goes on with
       manifest.json                        size and sha256 of every file above; written last, it is the commit
 
-A rank copies what it owns without the other ranks (`snapshot`), writes the copy on a thread while training goes on
-(`Writer`), and the first rank commits once all have written. Local folders and object stores alike. Nothing executable
+Each rank copies what it owns on a thread while the next step is computed, and writes the copy while training goes on
+(`Writer`); the first rank commits once all have written. Local folders and object stores alike. Nothing executable
 is stored or loaded.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -23,7 +24,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distributed_inr.data import storage
+from distributed_inr.training.background import Background
 from distributed_inr.training.checkpoint_reader import Reader, read_json
 from distributed_inr.training.engine import Engine
 from distributed_inr.training.fragments import Fragment, gather_objects, is_first, rank_and_world
@@ -62,19 +64,13 @@ Files = dict[str, str | Tensors]
 """A rank's files of a checkpoint, by name, in this process's memory."""
 
 
-def snapshot(
-    engine: Engine,
-    *,
-    averages: Sequence[Fragment],
-    config_json: str,
-    state: Mapping[str, Any],
-    buffers: dict[str, Tensor] | None = None,
+def collect(
+    engine: Engine, *, averages: Sequence[Fragment] = (), config_json: str = "{}", state: Mapping[str, Any]
 ) -> Files:
-    """This rank's files, copied out of training's way. No rank waits for another.
+    """This rank's files; their tensors are training's own. No rank waits for another.
 
     Args:
         state: what state.json holds besides the number of steps.
-        buffers: the copies of an earlier snapshot, to be overwritten: new memory would take longer than the copying.
     """
     rank, world = rank_and_world()
     fragments = engine.state()
@@ -86,16 +82,9 @@ def snapshot(
         parameters = {f.name for f in fragments}
         module = engine.unwrap().state_dict()
         tensors |= {f"buffer/{name}": tensor for name, tensor in module.items() if name not in parameters}
-    copies = {} if buffers is None else buffers
-    for name, tensor in tensors.items():
-        if name not in copies:
-            copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        copies[name].copy_(tensor, non_blocking=True)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
     index = {f.name: [f.offset, f.weight.numel(), f.shape] for f in owned}
     metadata = {"format": str(FORMAT), "fragments": json.dumps(index)}
-    files: Files = {f"state-{rank:05d}-of-{world:05d}.safetensors": Tensors(dict(copies), metadata)}
+    files: Files = {f"state-{rank:05d}-of-{world:05d}.safetensors": Tensors(tensors, metadata)}
     if is_first():
         files["config.json"] = config_json
         files["state.json"] = json.dumps({"format": FORMAT, "steps": engine.steps, **state}, indent=1)
@@ -154,11 +143,13 @@ class Writer:
 
     def __init__(self, folder: str, *, keep: int) -> None:
         self.folder, self.keep = folder, keep
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = Background("checkpoint")
         self._writing: Future[dict[str, dict[str, Any]] | str] | None = None
+        self._copying: Future[None] | None = None
+        self._reported: Future[None] | None = None
         self._path, self._num_failed = "", 0
-        self._called: Future[None] | None = None
-        self._buffers: dict[str, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}  # used again: new memory would take longer than the copying
+        self._leftovers = set(gather_objects(_names(folder) if is_first() else [])[0])
 
     @property
     def is_busy(self) -> bool:
@@ -173,15 +164,27 @@ class Writer:
     def begin(
         self, engine: Engine, *, averages: Sequence[Fragment], config_json: str, state: Mapping[str, Any]
     ) -> None:
-        """Copy this rank's state and start to write it as the checkpoint of state["samples"]."""
+        """Start to copy this rank's state, and then to write it as the checkpoint of state["samples"].
+
+        The state must not change before `wait_for_copy`.
+        """
         assert self._writing is None, "commit the one before first"
-        self._path = storage.join(self.folder, f"{state['samples']:012d}")
-        if is_first():
-            self._thread.submit(_remove, self._path).result()  # what an attempt that got no further has left
-        if dist.is_initialized():
-            dist.barrier()
-        files = snapshot(engine, averages=averages, config_json=config_json, state=state, buffers=self._buffers)
+        name = f"{state['samples']:012d}"
+        self._path = storage.join(self.folder, name)
+        if name in self._leftovers:  # of an attempt that got no further, or damaged
+            if is_first():
+                self._thread.submit(_remove, self._path).result()
+            if dist.is_initialized():
+                dist.barrier()
+        files = collect(engine, averages=averages, config_json=config_json, state=state)
+        self._copying = self._thread.submit(self._copy, files)
         self._writing = self._thread.submit(_write_patiently, self._path, files)
+
+    def wait_for_copy(self) -> None:
+        """Wait until training may change its state again."""
+        if self._copying is not None:
+            self._copying.result()
+            self._copying = None
 
     def commit(self, *, needed: bool = False) -> str | None:
         """Wait until every rank has written and make the checkpoint valid; returns its path.
@@ -190,6 +193,7 @@ class Writer:
         the checkpoint is `needed`, or when that happens for the third time in a row.
         """
         assert self._writing is not None
+        self.wait_for_copy()
         found = gather_objects(self._writing.result())
         self._writing = None
         problem = next((result for result in found if isinstance(result, str)), None)
@@ -200,29 +204,47 @@ class Writer:
             return self._path
         if is_first():
             self._thread.submit(_remove, self._path).result()  # the next one may need the space
-        message = f"checkpoint {self._path} cannot be written: {problem}; free some space or choose another place"
+        message = f"checkpoint {self._path} cannot be written: {problem}; mend that, or choose another place"
         if needed or self._num_failed == _MAX_FAILED:
             raise ValueError(f"{message}. Earlier checkpoints are intact, and the same command goes on from them")
         if is_first():
             logger.warning("%s. Earlier ones are intact; training goes on, and the next one is tried in time", message)
         return None
 
-    def afterwards(self, function: Callable[[], None]) -> None:
-        """Call `function` on the thread, before the next checkpoint is written."""
-        self._called = self._thread.submit(function)
+    def report(self, report: Callable[[dict[str, Any]], None], about: dict[str, Any]) -> None:
+        """Call `report` on the thread: Ray's waits for the driver."""
+        self._reported = self._thread.submit(report, about)
 
     def close(self) -> None:
-        """Wait for the thread, and raise what the last function called there has raised."""
-        self._thread.shutdown()
-        if self._called is not None:
-            self._called.result()
+        """Wait for the thread; raises what the last report has raised."""
+        self._thread.submit(lambda: None).result()
+        self._thread.stop()
+        if self._reported is not None:
+            self._reported.result()
 
-    def _commit(self, written: list[Any]) -> str | None:
+    def _copy(self, files: Files) -> None:
+        """Replace training's own tensors by copies on the CPU."""
+        for contents in files.values():
+            if isinstance(contents, str):
+                continue
+            for name, tensor in contents.tensors.items():
+                if name not in self._copies:
+                    self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                contents.tensors[name] = self._copies[name].copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def _commit(self, written: Sequence[Any]) -> str | None:
+        """Why it cannot be committed, or none."""
         try:
+            there = storage.list_files(self._path)
+            lacking = [name for files in written for name, entry in files.items() if there.get(name) != entry["bytes"]]
+            if lacking:
+                return f"{', '.join(lacking)} cannot be seen on the first node: all must share the place"
             commit(self._path, written)
         except (OSError, ValueError) as error:
             return str(error)
-        self._thread.submit(purge, self._path, keep=self.keep)
+        self._thread.submit(functools.partial(purge, self._path, keep=self.keep))
         return None
 
 
@@ -238,6 +260,9 @@ def newest(folder: str) -> str | None:
     for name in reversed(names):
         path = storage.join(folder, name)
         problems = [found for found in gather_objects(_problem(path, rank, world)) if found is not None]
+        for problem in problems:
+            if isinstance(problem, storage.Unreachable):
+                raise problem
         if not problems:
             return path
         if is_first():
@@ -245,6 +270,15 @@ def newest(folder: str) -> str | None:
         damaged = damaged or problems[0] != _UNCOMMITTED
     if damaged:
         raise ValueError(f"every checkpoint in {folder} is damaged; restore one, or delete the folder to start again")
+    return None
+
+
+def read_config(folder: str) -> str | None:
+    """The config.json of the newest checkpoint in a folder; none where there is none."""
+    for name in reversed(_names(folder)):
+        content = storage.read_bytes(storage.join(folder, f"{name}/config.json"))
+        if content is not None:
+            return content.decode(errors="replace")
     return None
 
 
@@ -283,7 +317,7 @@ def weights(path: str, *, average: bool) -> dict[str, Tensor]:
 _UNCOMMITTED = "it has no manifest (its writing was cut short)"
 
 
-def _problem(path: str, rank: int = 0, world: int = 1) -> str | None:
+def _problem(path: str, rank: int = 0, world: int = 1) -> str | storage.Unreachable | None:
     """Why a checkpoint is not valid, or none, as far as this rank's share of its files tells."""
     try:
         content = storage.read_bytes(storage.join(path, "manifest.json"))
@@ -310,6 +344,8 @@ def _problem(path: str, rank: int = 0, world: int = 1) -> str | None:
             with Reader.open(path):
                 pass
         return None
+    except storage.Unreachable as error:
+        return error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"it cannot be read: {error}"
 

@@ -15,7 +15,12 @@ from distributed_inr.data import storage
 
 
 class Reader:
-    """Parts of flattened tensors by name, put together from the files of however many ranks wrote them."""
+    """An open checkpoint.
+
+    Attributes:
+        shapes: of the parameters, by name.
+        buffers: the open file of each buffer, by name.
+    """
 
     def __init__(self, path: str, files: Sequence[Any]):
         self.path, self.fragments = path, dict[str, list[tuple[int, int, Any]]]()
@@ -31,6 +36,7 @@ class Reader:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: str) -> Iterator["Reader"]:
+        """Open a committed checkpoint; one in an object store is downloaded. Raises ValueError if it cannot be read."""
         with contextlib.ExitStack() as stack:
             try:
                 files = read_json(path, "manifest.json")["files"]
@@ -59,12 +65,15 @@ class Reader:
             )
         if averages and not any(name.startswith("ema/") for name in self.names):
             raise ValueError(
-                f"{self.path} keeps no average of the weights, but training.ema_half_life_samples asks for one; "
+                f"{self.path} keeps no average of the weights, but ema_half_life_samples asks for one; "
                 "set it to 0 or use another output folder"
             )
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
-        """Elements `start` to `stop` of a flattened parameter's weight, moment or average; a buffer whole."""
+        """Elements `start` to `stop` of a flattened parameter's "weight", moment or "ema"; a buffer whole.
+
+        Raises ValueError where the files do not cover them.
+        """
         if name in self.buffers:
             return self.buffers[name].get_tensor(f"buffer/{name}")
         parts, position = [], start

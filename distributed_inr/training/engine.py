@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -91,6 +91,10 @@ class Optim:
         return self.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def _nothing() -> None:
+    pass
+
+
 @runtime_checkable
 class Engine(Protocol):
     """What the loop needs of a training engine. Every rank calls every method, in the same order."""
@@ -107,12 +111,17 @@ class Engine(Protocol):
         """The wrapped module's weighted losses on a micro-batch. In evaluation, call it under `torch.no_grad`."""
         ...
 
-    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float) -> Metrics | None:
+    def step(
+        self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float, before_update: Callable[[], None] = _nothing
+    ) -> Metrics | None:
         """Add the gradient of a micro-batch's losses; after the last micro-batch of the step, update the weights.
 
         Returns None; or after an update the means over all ranks' samples, "train/<loss>" and "train/total", and
         "grad_norm". Raises FloatingPointError, on every rank and instead of the update, if any of them is not finite;
         the gradients are dropped, and training may go on with the next step.
+
+        Args:
+            before_update: called just before the weights change.
         """
         ...
 
@@ -193,7 +202,9 @@ class DeepSpeedEngine:
     def forward(self, batch: Signal) -> dict[str, Tensor]:
         return self._engine(batch)
 
-    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float) -> Metrics | None:
+    def step(
+        self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float, before_update: Callable[[], None] = _nothing
+    ) -> Metrics | None:
         self._pending.append(({name: loss.detach() for name, loss in losses.items()}, keys))
         self._engine.backward(total(losses))
         metrics = None
@@ -212,6 +223,7 @@ class DeepSpeedEngine:
             self.steps += 1
             for group in self._adamw.param_groups:
                 group["lr"] = lr
+            before_update()
         self._engine.step()
         assert metrics is None or self._engine.was_step_applied()
         return metrics
@@ -301,7 +313,9 @@ class AccelerateEngine:
         with contextlib.nullcontext() if last else self._accelerator.no_sync(self._wrapped):
             return self._wrapped(batch)
 
-    def step(self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float) -> Metrics | None:
+    def step(
+        self, losses: dict[str, Tensor], *, keys: Sequence[str], lr: float, before_update: Callable[[], None] = _nothing
+    ) -> Metrics | None:
         self._pending.append(({name: loss.detach() for name, loss in losses.items()}, keys))
         self._accelerator.backward(total(losses))  # divides by the number of micro-batches
         if len(self._pending) < self._num_micro_batches:
@@ -317,6 +331,7 @@ class AccelerateEngine:
         self.steps += 1
         for group in self._adamw.param_groups:
             group["lr"] = lr
+        before_update()
         self._adamw.step()
         self._adamw.zero_grad()
         return metrics

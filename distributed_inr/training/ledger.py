@@ -91,7 +91,7 @@ def check(folder: Path, *, num_samples: int, key: Callable[[int], str], max_bad_
     """
     attempts = sorted(folder.glob("*-from-*"))
     if not attempts:
-        raise ValueError(f"{folder} holds no ledger; train with the option ledger=true, from the beginning")
+        raise ValueError(f"{folder} holds no ledger; it must be logged from the beginning: ...training.ledger true")
     starts = [int(attempt.name.rpartition("-")[2]) for attempt in attempts]
     seen: Counter[int] = Counter()
     other_keys, num_redone, num_unapplied = [], 0, 0

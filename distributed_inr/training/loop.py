@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +25,8 @@ from distributed_inr.training import checkpoint
 from distributed_inr.training.agreement import Agreement
 from distributed_inr.training.engine import Engine, Optim, Scale, build_engine
 from distributed_inr.training.fragments import Fragment, average, is_first, rank_and_world, sum_over_ranks
-from distributed_inr.training.gradients import Metrics
 from distributed_inr.training.ledger import Ledger
+from distributed_inr.training.run_state import RunState
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +110,15 @@ def train(
         progress: called on the first rank with (samples done, of how many, {"loss", "samples/s"}), seldom.
         stop: asked on every rank at each micro-batch, also while data are waited for and in evaluations; as soon as it
             says True on any rank, all leave the step they are in, write a checkpoint and return.
-        save: asked like `stop`; when it says True on any rank, a checkpoint is written after this step.
+        save: asked like `stop`; when it says True on any rank, a checkpoint is written at once, of the last step.
 
     Returns:
         Whether the run is complete; False if `stop` ended it early.
+
+    Raises:
+        ValueError: data, checkpoints or options do not fit.
+        FloatingPointError: a step is not finite, and `training` does not say to go on.
+        TimeoutError: no data came for `scale.timeout_seconds`.
     """
     # --- build: this worker's share of a step, and the engine around the module
     rank, world = rank_and_world()
@@ -134,9 +139,9 @@ def train(
 
     # --- resume: exactly at the sample
     writer = checkpoint.Writer(checkpoints or str(folder / "checkpoints"), keep=training.keep_checkpoints)
-    path, run = checkpoint.newest(writer.folder), _Run(seed=seed)
+    path, run = checkpoint.newest(writer.folder), RunState(seed=seed)
     if path is not None:
-        run = _Run.of(checkpoint.load(path, engine, averages=averages))
+        run = RunState.of(checkpoint.load(path, engine, averages=averages))
         if run.seed != seed:
             raise ValueError(f"{path} has seed={run.seed}, this run seed={seed}; use that seed or another output")
     logs = _open_logs(folder, run) if is_first() else None
@@ -176,27 +181,33 @@ def train(
         committed = writer.commit(needed=needed)
         path = committed or path
         if committed is not None and report is not None:  # which waits for the driver to collect it
-            about = {**record, "samples": _samples(committed), "checkpoint": committed}
-            writer.afterwards(functools.partial(report, about))
+            writer.report(report, {**record, "samples": _samples(committed), "checkpoint": committed})
+
+    def attend() -> None:
+        """Between micro-batches: commit what all ranks have written, and begin what was asked for."""
+        if agreement.written:
+            commit_checkpoint()
+        if agreement.saving:
+            agreement.saving = False
+            begin_checkpoint()
 
     # --- loop: one pass is one step, and what follows the `continue` is done after some of them
-    record, loss, asked = dict[str, Any](), math.nan, False
+    record, loss = dict[str, Any](), math.nan
     begin, clock, clocked, shown = time.monotonic() - run.seconds, time.monotonic(), run.samples, 0.0
     while run.samples < training.num_samples or run.is_unevaluated:
         if not run.is_unevaluated:
-            metrics, seen, outcome, asked = None, [], "applied", False
+            metrics, seen, outcome = None, [], "applied"
             run.lr = training.optim.learning_rate(run.samples, batch_size=batch_size, num_samples=training.num_samples)
             while metrics is None and (batch := next(batches, None)) is not None:
-                if agreement.written:
-                    commit_checkpoint()
-                asked |= agreement.saving
+                attend()
                 seen.append(batch)
                 try:
-                    metrics = engine.step(engine.forward(batch.to(engine.device)), keys=batch.key, lr=run.lr)
+                    losses = engine.forward(batch.to(engine.device))
+                    metrics = engine.step(losses, keys=batch.key, lr=run.lr, before_update=writer.wait_for_copy)
                 except FloatingPointError as error:
                     run.num_nonfinite += 1
-                    if writer.is_busy:  # what a rollback goes back to
-                        commit_checkpoint()
+                    if writer.is_busy:
+                        commit_checkpoint()  # the newest is what a rollback goes back to
                     outcome, metrics = _recover(error, training, run, path, engine, averages), {}
             if metrics is None:
                 break  # some rank is asked to stop
@@ -217,8 +228,6 @@ def train(
         due = functools.partial(_due, samples=run.samples, batch_size=batch_size)
         run.is_unevaluated |= val_dataset is not None and (complete or due(training.evaluate_every_samples))
         saving = due(training.checkpoint_every_samples)
-        if asked and not saving:
-            begin_checkpoint()
         if not (run.is_unevaluated or complete or saving or due(training.log_every_samples)):
             continue
         record = {"samples": run.samples, "step": engine.steps, "lr": run.lr, **run.means(), "samples_per_second": rate}
@@ -226,11 +235,12 @@ def train(
             validation = evaluation_stream(
                 val_dataset, batch=micro_batch_size, rank=rank, world=world, num_loaders=num_loaders
             )
-            losses = _validate(engine, agreement.batches(validation), run.samples)
+            losses = _validate(engine, agreement.batches(validation), run.samples, attend)
             if agreement.stopping:
                 break  # it is done again when the run goes on
-            run.is_unevaluated, run.score = False, losses["val/total"]
+            run.score = losses["val/total"]
             record |= losses
+        run.is_unevaluated = False
         record["seconds"] = time.monotonic() - begin
         if logs is not None:
             _log(folder, logs, record)
@@ -258,46 +268,6 @@ def train(
     return complete
 
 
-@dataclasses.dataclass
-class _Run:
-    """Where a run stands: what its checkpoints hold besides weights and optimizer state.
-
-    Attributes:
-        samples: seen.
-        seconds: spent.
-        lr: learning rate of the last step.
-        num_nonfinite: steps that were not applied because of values that are not finite.
-        sums, num_summed: of the metrics of the steps since the last line of the log.
-        is_unevaluated: whether the evaluation that is due at these samples is still to be made.
-        score: the validation loss at these very samples, where it was measured.
-    """
-
-    seed: int
-    samples: int = 0
-    seconds: float = 0.0
-    lr: float = 0.0
-    num_nonfinite: int = 0
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    num_summed: int = 0
-    is_unevaluated: bool = False
-    score: float | None = None
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> "_Run":
-        """From a checkpoint's state.json."""
-        return cls(**{field.name: state[field.name] for field in dataclasses.fields(cls)})
-
-    def add(self, metrics: Metrics) -> None:
-        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in metrics.items()} or self.sums
-        self.num_summed += bool(metrics)
-
-    def means(self) -> Metrics:
-        return {name: value / self.num_summed for name, value in self.sums.items()}
-
-    def clear(self) -> None:
-        self.sums, self.num_summed = {}, 0
-
-
 def _samples(path: str) -> int:
     """That a checkpoint has seen."""
     return int(storage.split(path)[1])
@@ -306,7 +276,7 @@ def _samples(path: str) -> int:
 def _recover(
     error: FloatingPointError,
     training: Training,
-    run: _Run,
+    run: RunState,
     path: str | None,
     engine: Engine,
     averages: Sequence[Fragment],
@@ -316,7 +286,7 @@ def _recover(
         raise error
     if run.num_nonfinite > training.max_nonfinite_steps:
         limit = training.max_nonfinite_steps
-        raise FloatingPointError(f"{error}; after training.max_nonfinite_steps={limit} such steps the run ends")
+        raise FloatingPointError(f"{error}; after max_nonfinite_steps={limit} such steps the run ends")
     if training.on_nonfinite == "rollback":
         if path is None:
             raise FloatingPointError(f"{error}; there is no checkpoint to roll back to") from error
@@ -335,7 +305,7 @@ def _due(every: int | None, *, samples: int, batch_size: int) -> bool:
 
 
 @torch.no_grad()
-def _validate(engine: Engine, batches: Iterable[Signal], samples: int) -> dict[str, float]:
+def _validate(engine: Engine, batches: Iterable[Signal], samples: int, attend: Callable[[], None]) -> dict[str, float]:
     """Means of the losses over all samples of a set, each counted once; all ranks make equally many forward passes.
 
     Of no use where the batches ended early because the run is to stop.
@@ -344,6 +314,7 @@ def _validate(engine: Engine, batches: Iterable[Signal], samples: int) -> dict[s
     sums: dict[str, torch.Tensor] = {}
     count = 0
     for batch in batches:
+        attend()
         rows = range(len(batch)) if batch.mask is None else batch.mask.nonzero().flatten().tolist()
         # A batch without any sample that counts is passed through all the same: the other ranks wait for it at stage 3.
         part = _rows(batch, rows or [0]).to(engine.device)
@@ -366,9 +337,9 @@ def _rows(batch: Signal, rows: Sequence[int]) -> Signal:
     return dataclasses.replace(part, key=[batch.key[i] for i in rows], text=[batch.text[i] for i in rows])
 
 
-def _open_logs(folder: Path, run: _Run) -> SummaryWriter:
+def _open_logs(folder: Path, run: RunState) -> SummaryWriter:
     """Open the logs to continue, without what an interrupted run logged beyond its checkpoint."""
-    logged = run.samples - run.is_unevaluated
+    logged = run.samples - 1 if run.is_unevaluated else run.samples  # an evaluation cut short was not logged yet
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.jsonl"
     if path.exists():

@@ -104,7 +104,7 @@ def test_fault_53_skipping_has_a_cap(ended: tuple[Path, list[dict[str, Any]]]):
     folder, ranks = ended
     assert len(ranks[0]["cap"]["warnings"]) == 2
     assert ranks[0]["cap"]["error"].startswith("step 5 is not finite")
-    assert "training.max_nonfinite_steps=2 such steps" in ranks[0]["cap"]["error"]
+    assert "after max_nonfinite_steps=2 such steps" in ranks[0]["cap"]["error"]
 
 
 def test_fault_53_such_a_step_rolls_back_if_asked(ended: tuple[Path, list[dict[str, Any]]]):
