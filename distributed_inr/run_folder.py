@@ -69,7 +69,7 @@ class Stage:
         if changed and not accepted:
             raise ValueError(
                 f"{self.folder} was made from other inputs ({', '.join(changed)}). Restore them, choose another --name "
-                f"or --output, delete {self.folder} to make it again, or accept other data: --data.accept-changed"
+                f"or --output, delete {self.folder} to make it again, or accept other data: --data.accept-changed true"
             )
         if changed:
             logger.warning("%s was made from other data, which are accepted", self.folder)

@@ -27,11 +27,15 @@ TINY = """
 ALONE = "--scale.launcher none --scale.engine accelerate --scale.num-threads 1".split()
 
 
-def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["jobs/train_ddmi.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path("jobs/train_ddmi.py", run_name="__main__")
-    return ended.value.code  # type: ignore[return-value]
+def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str, job: str = "jobs/train_ddmi.py") -> int:
+    """Run a job in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", [job, *arguments])
+    try:
+        runpy.run_path(job, run_name="__main__")
+    except SystemExit as ended:
+        assert isinstance(ended.code, int)
+        return ended.code
+    return 0
 
 
 @pytest.mark.parametrize(
