@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -68,7 +69,7 @@ class Bar:
 
 
 @contextlib.contextmanager
-def signals(stoppable: bool) -> Iterator[list[int]]:
+def signals(*, stoppable: bool) -> Iterator[list[int]]:
     """The SIGINT or SIGTERM received, if `stoppable`; otherwise, and the second time, either ends the process."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -79,6 +80,7 @@ def signals(stoppable: bool) -> Iterator[list[int]]:
         received.append(number)
         if len(received) > 1 or not stoppable:
             _exit(number, "stopped at once")
+        os.write(2, b"\nstopping, with a checkpoint; once more stops at once\n")  # print must not interrupt itself
 
     before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

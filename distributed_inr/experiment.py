@@ -57,8 +57,8 @@ class Experiment:
     output: str = DEFAULT_OUTPUT
     """Folder that holds the run folders; absolute, and shared by all nodes, inside a Ray job and on several nodes."""
     checkpoints: str | None = None
-    """Folder or object store (s3://, gs://) to keep checkpoints under, as <checkpoints>/<family>/<name>. none: in the
-    run folder."""
+    """Folder or object store (s3://, gs://) that all nodes share, to keep checkpoints under, as
+    <checkpoints>/<family>/<name>. none: in the run folder."""
     seed: int = 0
     """Seed of everything random: initial weights, order of the data, noise, samples."""
     domain: AnyDomain

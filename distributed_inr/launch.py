@@ -136,7 +136,7 @@ class _InProcess:
         if self.scale.engine == "deepspeed":
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists; Accelerate would take it for one of many processes
         try:
-            with signals(stoppable) as received, Bar(title) as bar, log_file(folder):
+            with signals(stoppable=stoppable) as received, Bar(title) as bar, log_file(folder):
                 function(Worker(0, 1, lambda metrics: None, bar.update, lambda: bool(received)))
         except FloatingPointError as error:
             raise ValueError(str(error)) from error
@@ -207,7 +207,7 @@ class _OnRay:
         )
         try:
             # fit() waits in a thread of its own, so that this one can draw and hear signals.
-            with signals(stoppable) as received, Bar(title) as bar:
+            with signals(stoppable=stoppable) as received, Bar(title) as bar:
                 fitted = Background("fit").submit(trainer.fit)
                 self._attend(fitted, mail, bar, received, _Watch(mail, world, scale.timeout_seconds, folder))
                 mistake, cause, error = mail.get("mistake"), _first_cause(mail), fitted.exception()
@@ -233,7 +233,6 @@ class _OnRay:
                 bar.say(text)
             if received and mail.get("stop") is None:
                 mail.put("stop", True)
-                bar.say("stopping, with a checkpoint; once more stops at once")
             if (found := mail.get("attempt") or 1) > attempt:
                 attempt = found
                 why = (mail.get(f"cause/{attempt - 1}") or "a worker died").strip().splitlines()[-1]

@@ -25,7 +25,7 @@ from distributed_inr.experiment import Experiment
 from distributed_inr.generation import read_experiment
 from distributed_inr.latents import LatentShards, write_latents
 from distributed_inr.launch import Worker, in_ray_job, launcher
-from distributed_inr.run_folder import Stage, check_checkpoints, check_space, locked, settle_output, write_text
+from distributed_inr.run_folder import Stage, check_space, locked, settle_checkpoints, settle_output, write_text
 from distributed_inr.training import checkpoint, ledger
 from distributed_inr.training.ledger import Account
 from distributed_inr.training.loop import Training, train
@@ -59,7 +59,7 @@ def run(experiment: Experiment) -> dict[str, Path]:
         place = stack.enter_context(launcher(experiment.scale))
         shared = place.num_nodes > 1 or in_ray_job()
         experiment = settle_output(experiment, shared=shared)
-        check_checkpoints(experiment, shared=shared)
+        experiment = settle_checkpoints(experiment, shared=shared)
         folder = experiment.folder
         stack.enter_context(locked(folder))
         fit, encode, fit_prior, evaluation = _stages(experiment)
@@ -246,6 +246,7 @@ def _train(
         checkpoints=experiment.checkpoints_of(folder.name),
         val_dataset=val_dataset,
         num_loaders=experiment.data.num_loaders,
+        accept_changed=experiment.data.accept_changed,
         report=worker.report,
         progress=worker.progress,
         stop=worker.stop,

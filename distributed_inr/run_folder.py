@@ -52,6 +52,8 @@ class Stage:
     def refuse_other_options(self) -> None:
         record = self._record
         changed = differences(record["options"], self.options) if record else {}
+        if self.was_finished:
+            changed.pop("checkpoints", None)  # which it needs no more
         if changed:
             shown = "; ".join(f"{path} is {old} there and {new} here" for path, (old, new) in changed.items())
             raise ValueError(
@@ -150,17 +152,23 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def check_checkpoints(experiment: Experiment, *, shared: bool) -> None:
-    """Refuse a place of its own for checkpoints that cannot be written, or that other nodes would not find."""
+def settle_checkpoints(experiment: Experiment, *, shared: bool) -> Experiment:
+    """The experiment with an absolute place for its checkpoints, if they have one of their own.
+
+    Raises ValueError where it cannot be written, or other nodes would not find it.
+    """
     place = experiment.checkpoints
     if place is None:
-        return
+        return experiment
     storage.check_url(place)
+    if not place or place.startswith("memory:"):
+        raise ValueError(f"checkpoints={place!r} keeps nothing; give a folder or an object store, or leave it out")
     if shared and storage.is_local(place) and not Path(place).expanduser().is_absolute():
         raise ValueError(
             f"checkpoints={place!r} is relative: inside a Ray job, and on several nodes, it must be an object store or "
             "an absolute folder that all nodes share"
         )
+    absolute = str(Path(place).expanduser().absolute()) if storage.is_local(place) else place
     probe = storage.join(experiment.checkpoints_of(".probe"), socket.gethostname())
     try:
         if storage.is_local(probe):
@@ -169,6 +177,7 @@ def check_checkpoints(experiment: Experiment, *, shared: bool) -> None:
         storage.remove_folder(storage.split(probe)[0])
     except OSError as error:
         raise storage.explain(error, place) from None
+    return override(experiment, {"checkpoints": absolute})
 
 
 def write_text(path: Path, text: str) -> None:

@@ -59,6 +59,12 @@ def test_lost_repeated_and_other_samples_are_named(tmp_path: Path):
     assert account(tmp_path, 15).lost == [3, 12, 13, 14]
 
 
+def test_a_ledger_that_begins_late_accuses_nobody(tmp_path: Path):
+    write_attempt(tmp_path, 0, 8, [seen(*range(8, 12))])
+    with pytest.raises(ValueError, match="begins at position 8: of those before nothing is known"):
+        account(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     options = {"scale__launcher": "none", "scale__engine": "accelerate", "scale__num_threads": 1}

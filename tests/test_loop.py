@@ -63,8 +63,8 @@ def make_module() -> Small:
     return Small()
 
 
-def make_set(folder: Path) -> None:
-    rng = np.random.default_rng(0)
+def make_set(folder: Path, *, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
     writer = ShardWriter(folder, domain="latent", protocol={}, shard_samples=4)
     for number in range(SAMPLES):
         npy = io.BytesIO()
@@ -240,6 +240,16 @@ def alone(run: Run) -> list[dict[str, float]]:
     return run.lines("alone")
 
 
+def go_on_with_other_data(data: Path, other: Path, folder: Path) -> tuple[str, bool]:
+    scale = Scale(engine="accelerate")
+    call_train(data, folder, scale, override(TRAINING, {"num_samples": 8}))
+    try:
+        call_train(other, folder, scale)
+    except ValueError as error:
+        return str(error), call_train(other, folder, scale, accept_changed=True)["complete"]
+    return "", False
+
+
 class AskIn:
     """Says True at the n-th question, once."""
 
@@ -304,6 +314,14 @@ def train_twice_with_other_seed(data: Path, folder: Path) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+@pytest.mark.slow
+def test_resuming_with_other_data_is_refused_unless_accepted(tmp_path):
+    make_set(tmp_path / "data")
+    make_set(tmp_path / "other", seed=1)
+    (found,) = run_processes(go_on_with_other_data, 1, tmp_path / "data", tmp_path / "other", tmp_path / "run")
+    assert "000000000008 comes from other data; restore them" in found[0] and found[1] is True
 
 
 @pytest.mark.slow

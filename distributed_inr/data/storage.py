@@ -254,7 +254,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise ValueError(f"{url}: {error}") from None
+        raise ValueError(f"{url}: {error}; on every node: pip install s3fs (s3://) or gcsfs (gs://)") from None
 
 
 def _retry(url: str, action: Any) -> Any:

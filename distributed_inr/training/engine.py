@@ -49,11 +49,11 @@ class Scale:
     launcher: Literal["ray", "none"] = "ray"
     """ray: Ray Train starts the workers. none: one worker in the calling process (debugging, notebooks)."""
     max_failures: NonNegativeInt = 3
-    """Times that Ray restarts the workers from the newest checkpoint before it gives up."""
+    """Times that Ray restarts a stage's workers from the newest checkpoint before it gives up."""
     num_threads: PositiveInt | None = None
     """Threads of each worker on a CPU. none: the machine's cores divided by the workers."""
     timeout_seconds: PositiveInt = 600
-    """Time after which a worker that waits for the others gives up."""
+    """Time after which a worker that waits for the others, or for data, gives up, and a silent one is killed."""
 
     def __post_init__(self) -> None:
         if self.compile and self.engine == "deepspeed" and self.zero_stage == 3:

@@ -93,6 +93,8 @@ def check(folder: Path, *, num_samples: int, key: Callable[[int], str], max_bad_
     if not attempts:
         raise ValueError(f"{folder} holds no ledger; it must be logged from the beginning: ...training.ledger true")
     starts = [int(attempt.name.rpartition("-")[2]) for attempt in attempts]
+    if min(starts) > 0:
+        raise ValueError(f"{folder} begins at position {min(starts)}: of those before nothing is known")
     seen: Counter[int] = Counter()
     other_keys, num_redone, num_unapplied = [], 0, 0
     for number, attempt in enumerate(attempts):

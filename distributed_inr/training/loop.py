@@ -41,7 +41,7 @@ class Training:
     """How long and how one module is trained. Every length is in samples seen."""
 
     num_samples: PositiveInt
-    """Length of the run."""
+    """Length of the run, in samples."""
     batch_size: PositiveInt = 32
     """Samples in one step, over all workers."""
     micro_batch_size: PositiveInt | None = None
@@ -60,7 +60,7 @@ class Training:
     evaluate_every_samples: PositiveInt | None = None
     """Samples between evaluations of the losses on the validation set; also done at the end. none: only then."""
     checkpoint_every_samples: PositiveInt | None = None
-    """Samples between checkpoints; also written at the end. none: only then."""
+    """Samples between checkpoints: the most that a kill undoes. Also written at the end. none: only then."""
     keep_checkpoints: PositiveInt = 2
     """How many of the newest checkpoints to keep, besides that with the least validation loss."""
     ledger: bool = False
@@ -91,6 +91,7 @@ def train(
     checkpoints: str | None = None,
     val_dataset: ShardDataset | None = None,
     num_loaders: int = 0,
+    accept_changed: bool = False,
     report: Callable[[dict[str, Any]], None] | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -105,6 +106,7 @@ def train(
         config_json: the whole experiment, kept with each checkpoint.
         checkpoints: folder or object store's address for them; none: in `folder`.
         num_loaders: loader processes of each worker; 0 reads in the worker itself.
+        accept_changed: go on from a checkpoint of other data.
         report: called on every rank after each checkpoint, on a thread of its own, with the newest metrics and
             "checkpoint", its path.
         progress: called on the first rank with (samples done, of how many, {"loss", "samples/s"}), seldom.
@@ -139,11 +141,17 @@ def train(
 
     # --- resume: exactly at the sample
     writer = checkpoint.Writer(checkpoints or str(folder / "checkpoints"), keep=training.keep_checkpoints)
-    path, run = checkpoint.newest(writer.folder), RunState(seed=seed)
+    path, run = checkpoint.newest(writer.folder), RunState(seed=seed, data=dataset.index.fingerprint)
     if path is not None:
         run = RunState.of(checkpoint.load(path, engine, averages=averages))
         if run.seed != seed:
             raise ValueError(f"{path} has seed={run.seed}, this run seed={seed}; use that seed or another output")
+        if run.data != dataset.index.fingerprint and not accept_changed:
+            raise ValueError(
+                f"{path} comes from other data; restore them, choose another --name, or go on with these: "
+                "--data.accept-changed true"
+            )
+        run.data = dataset.index.fingerprint
     logs = _open_logs(folder, run) if is_first() else None
     ledger = Ledger(folder / "ledger", samples=run.samples) if training.ledger else None
     agreement = Agreement(

@@ -12,6 +12,7 @@ class RunState:
     """As written to state.json.
 
     Attributes:
+        data: fingerprint of the shards.
         samples: seen.
         seconds: spent.
         lr: learning rate of the last step.
@@ -22,6 +23,7 @@ class RunState:
     """
 
     seed: int
+    data: str
     samples: int = 0
     seconds: float = 0.0
     lr: float = 0.0

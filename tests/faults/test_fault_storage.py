@@ -28,7 +28,7 @@ from distributed_inr import pipeline
 from distributed_inr.config import override
 from distributed_inr.data import storage
 from distributed_inr.experiment import Experiment
-from distributed_inr.run_folder import check_checkpoints, locked
+from distributed_inr.run_folder import locked, settle_checkpoints
 from distributed_inr.training import checkpoint
 from distributed_inr.training.engine import Scale
 from distributed_inr.training.loop import train
@@ -159,7 +159,7 @@ def test_fault_29_a_full_disk(runs: Runs) -> None:
     assert full["message"] == "" and full["written"] == [16, 48, 64, 80, 96]
     [line] = full["warnings"]
     assert line.startswith(f"checkpoint {folder}/{32:012d} cannot be written: ") and "File too large" in line
-    assert "; free some space or choose another place. Earlier ones are intact; training goes on" in line
+    assert "; mend that, or choose another place. Earlier ones are intact; training goes on" in line
     assert full["left"] == ([f"{16:012d}"], str(folder / f"{16:012d}"))
     runs.check("full")
 
@@ -171,7 +171,7 @@ def test_fault_30_a_folder_that_vanishes_in_mid_run(runs: Runs) -> None:
     assert vanished["pauses"] == [0.5, 1] * 3
     line = vanished["message"]
     assert line.startswith(f"checkpoint {folder}/{80:012d} cannot be written: ") and "\n" not in line
-    assert "; free some space or choose another place. Earlier checkpoints are intact" in line
+    assert "; mend that, or choose another place. Earlier checkpoints are intact" in line
     runs.check("vanished")
 
 
@@ -188,9 +188,9 @@ def test_fault_30_a_place_that_cannot_be_written_at_the_start(experiment: Experi
     folder = Path(experiment.output).parent
     (folder / "file").write_text("in the way")
     changed = override(experiment, {"checkpoints": str(folder / place)})
-    rule = f"^cannot write to {folder / place}: (Not a|No such file or) directory; choose another place or its rights$"
+    rule = f"^cannot write to {folder / place}: (Not a|No such file or) directory; choose another place$"
     with pytest.raises(ValueError, match=rule):
-        check_checkpoints(changed, shared=False)
+        settle_checkpoints(changed, shared=False)
     with pytest.raises(ValueError, match=rule):
         pipeline.run(changed)
     assert not Path(experiment.output).exists()
