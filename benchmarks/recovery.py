@@ -1,4 +1,4 @@
-"""Time from a kill to the next training step, and from a signal to the committed checkpoint, under Ray on this machine.
+"""Time from the kill of a worker to the next training step, under Ray on this machine.
 
 python benchmarks/recovery.py --kills 10
 """

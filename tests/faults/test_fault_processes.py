@@ -4,14 +4,22 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import LocalRay, in_environment
-from fault_runs import fit, make_experiment, read_account, read_losses, read_starts, read_weights, stage_of
+from fault_runs import (
+    fit,
+    make_experiment,
+    read_account,
+    read_losses,
+    read_starts,
+    read_weights,
+    stage_of,
+    train_alone,
+)
 
 from distributed_inr.experiment import Experiment
 from distributed_inr.launch import Worker, launcher
@@ -43,53 +51,52 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(local_ray: LocalRay, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def runs(local_ray: LocalRay, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """A run that nothing happens to, and one that goes through all KILLS."""
     folder = tmp_path_factory.mktemp("kills")
-    runs = Runs(*(make_experiment(folder, steps=STEPS, name=name, data__num_loaders=1) for name in ("whole", "killed")))
-    kills = KILLS
+    whole = train_alone(folder, steps=STEPS, name="whole", data__num_loaders=1)
+    killed = make_experiment(folder, steps=STEPS, name="killed", data__num_loaders=1)
+    kills, stage = KILLS, stage_of(killed)
+
+    def work(worker: Worker) -> None:
+        import torch
+
+        from distributed_inr.training.engine import DeepSpeedEngine
+
+        marks = killed.folder / "killed"
+        marks.mkdir(exist_ok=True)
+        take_step, update = DeepSpeedEngine.step, torch.optim.AdamW.step
+
+        def is_due(row: int, engine: DeepSpeedEngine) -> bool:
+            mark = marks / f"{row}-{worker.rank}"
+            if engine.steps + 1 != kills[row] or mark.exists():
+                return False
+            mark.touch()
+            return True
+
+        def step(engine: DeepSpeedEngine, *args, **kwargs):
+            between = len(engine._pending) == 1  # the first of two micro-batches is done
+            if not between and (
+                (worker.rank == 1 and is_due(1, engine))
+                or (worker.rank == 0 and is_due(2, engine))
+                or is_due(3, engine)
+            ):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if between and worker.rank == 1 and is_due(41, engine):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if worker.rank == 1 and not between and is_due(10, engine):
+                psutil.Process().children()[0].kill()
+            if worker.rank == 1 and between and is_due(4, engine):
+                torch.optim.AdamW.step = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+            return take_step(engine, *args, **kwargs)
+
+        DeepSpeedEngine.step = step
+        fit(worker, killed)
+        DeepSpeedEngine.step, torch.optim.AdamW.step = take_step, update
+
     with in_environment(local_ray.environment), launcher(Scale(max_failures=len(KILLS))) as place:
-        for experiment in (runs.whole, runs.killed):
-            stage = stage_of(experiment)
-
-            def work(worker: Worker, experiment: Experiment = experiment) -> None:
-                import torch
-
-                from distributed_inr.training.engine import DeepSpeedEngine
-
-                marks = experiment.folder / "killed"
-                marks.mkdir(exist_ok=True)
-                take_step, update = DeepSpeedEngine.step, torch.optim.AdamW.step
-
-                def is_due(row: int, engine: DeepSpeedEngine) -> bool:
-                    mark = marks / f"{row}-{worker.rank}"
-                    if experiment.name != "killed" or engine.steps + 1 != kills[row] or mark.exists():
-                        return False
-                    mark.touch()
-                    return True
-
-                def step(engine: DeepSpeedEngine, *args, **kwargs):
-                    between = len(engine._pending) == 1  # the first of two micro-batches is done
-                    if not between and (
-                        (worker.rank == 1 and is_due(1, engine))
-                        or (worker.rank == 0 and is_due(2, engine))
-                        or is_due(3, engine)
-                    ):
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    if between and worker.rank == 1 and is_due(41, engine):
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    if worker.rank == 1 and not between and is_due(10, engine):
-                        psutil.Process().children()[0].kill()
-                    if worker.rank == 1 and between and is_due(4, engine):
-                        torch.optim.AdamW.step = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-                    return take_step(engine, *args, **kwargs)
-
-                DeepSpeedEngine.step = step
-                fit(worker, experiment)
-                DeepSpeedEngine.step, torch.optim.AdamW.step = take_step, update
-
-            place.run(work, title=experiment.name, folder=stage.folder, stoppable=True)
-    yield runs
+        place.run(work, title=killed.name, folder=stage.folder, stoppable=True)
+    return Runs(whole, killed)
 
 
 def test_fault_01_kill_one_worker_in_mid_step(runs: Runs):
@@ -128,34 +135,32 @@ def test_fault_11_ten_kills_at_random_steps(local_ray: LocalRay, tmp_path: Path,
     rng = random.Random(11)
     steps = sorted(rng.sample(range(2, 58), 10))
     victims = [rng.choice([(0,), (1,), (0, 1)]) for _ in steps]
-    whole, killed = (make_experiment(tmp_path, steps=60, name=name) for name in ("whole", "killed"))
-    times = tmp_path / "times"
+    whole = train_alone(tmp_path, steps=60, name="whole")
+    killed = make_experiment(tmp_path, steps=60, name="killed")
+    stage, times = stage_of(killed), tmp_path / "times"
     times.mkdir()
+
+    def work(worker: Worker) -> None:
+        from distributed_inr.training.engine import DeepSpeedEngine
+
+        take_step = DeepSpeedEngine.step
+        start = max((int(path.name.split("-")[1]) + 1 for path in times.glob("kill-*")), default=0)
+
+        def step(engine: DeepSpeedEngine, *args, **kwargs):
+            if start < len(steps) and engine.steps + 1 == steps[start] and worker.rank in victims[start]:
+                (times / f"kill-{start}-{worker.rank}").write_text(str(time.time()))
+                os.kill(os.getpid(), signal.SIGKILL)
+            metrics = take_step(engine, *args, **kwargs)
+            if worker.rank == 0 and start and not (times / f"step-{start - 1}").exists():
+                (times / f"step-{start - 1}").write_text(str(time.time()))
+            return metrics
+
+        DeepSpeedEngine.step = step
+        fit(worker, killed)
+        DeepSpeedEngine.step = take_step
+
     with in_environment(local_ray.environment), launcher(Scale(max_failures=10)) as place:
-        for experiment in (whole, killed):
-            stage = stage_of(experiment)
-
-            def work(worker: Worker, experiment: Experiment = experiment) -> None:
-                from distributed_inr.training.engine import DeepSpeedEngine
-
-                take_step = DeepSpeedEngine.step
-                start = max((int(path.name.split("-")[1]) + 1 for path in times.glob("kill-*")), default=0)
-                done = experiment.name == "whole" or start == len(steps)
-
-                def step(engine: DeepSpeedEngine, *args, **kwargs):
-                    if not done and engine.steps + 1 == steps[start] and worker.rank in victims[start]:
-                        (times / f"kill-{start}-{worker.rank}").write_text(str(time.time()))
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    metrics = take_step(engine, *args, **kwargs)
-                    if worker.rank == 0 and start and not (times / f"step-{start - 1}").exists():
-                        (times / f"step-{start - 1}").write_text(str(time.time()))
-                    return metrics
-
-                DeepSpeedEngine.step = step
-                fit(worker, experiment)
-                DeepSpeedEngine.step = take_step
-
-            place.run(work, title=experiment.name, folder=stage.folder, stoppable=True)
+        place.run(work, title=killed.name, folder=stage.folder, stoppable=True)
     assert read_losses(killed) == read_losses(whole) and read_weights(killed) == read_weights(whole)
     account = read_account(killed)
     assert account.num_attempts == 11 and account.lost == account.repeated == account.other_keys == []
