@@ -147,10 +147,9 @@ def stop_and_go_on(folder: Path, whole: Experiment, environment: dict[str, str],
     return seconds
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_fault_13_sigterm(number: int, served: tuple[Path, str], long: Experiment):
+def test_fault_13_sigterm(served: tuple[Path, str], long: Experiment):
     """SIGTERM at any moment: a checkpoint within 5 s, no step lost, the command that goes on is printed."""
-    assert stop_and_go_on(served[0], long, {}, name=f"moment-{number}", **ALONE) < GRACE_SECONDS
+    assert stop_and_go_on(served[0], long, {}, name="moment", **ALONE) < GRACE_SECONDS
 
 
 @pytest.mark.faults
