@@ -1,4 +1,4 @@
-"""Workers that hang: found within the time-out, named with where they are, killed, and the run restarted."""
+"""Workers that hang: found when the time-out is over, named with where they are, killed, and the run restarted."""
 
 import os
 import signal
@@ -105,7 +105,7 @@ def check_time_to_stacks(experiment: Experiment, capfd: pytest.CaptureFixture[st
 def test_fault_18_a_stopped_worker(
     run: Callable[..., Experiment], whole: Experiment, capfd: pytest.CaptureFixture[str]
 ):
-    """SIGSTOP of one rank: found within the time-out, named with its last stack, killed and restarted; equal."""
+    """SIGSTOP of one rank: found when the time-out is over, named with its last stack, killed and restarted; equal."""
     experiment = run("stop")
     shown = capfd.readouterr().err
     assert f"was not heard of for {TIMEOUT} s: it is killed" in shown and "stop: rank 1 (process " in shown
@@ -118,7 +118,7 @@ def test_fault_18_a_stopped_worker(
 def test_fault_20_a_skipped_collective(
     run: Callable[..., Experiment], whole: Experiment, capfd: pytest.CaptureFixture[str]
 ):
-    """one rank skips a collective: found within the time-out, all ranks named with their places, restarted; equal."""
+    """one rank skips a collective: found when the time-out is over, all ranks named with places, restarted; equal."""
     experiment = run("skip")
     shown = capfd.readouterr().err
     assert "workers restarted, 1 of at most 1 times: rank" in shown
