@@ -10,7 +10,7 @@ Needs neither Ray nor DeepSpeed nor webdataset.
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,13 +153,18 @@ def load_weights(module: nn.Module, path: Path) -> None:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}; copy the run again or retrain it") from None
+    set_weights(module, weights, source=str(path))
+
+
+def set_weights(module: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
+    """Set the weights of a freshly built module, and set it to evaluation mode, without gradients."""
     expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
     found = {name: tensor.shape for name, tensor in weights.items()}
     if expected != found:
         name = min(name for name in expected | found if expected.get(name) != found.get(name))
         shapes = [list(shape) if shape is not None else "absent" for shape in (found.get(name), expected.get(name))]
         raise ValueError(
-            f"{path} does not fit the run's config.json: {name} is {shapes[0]} in the file and {shapes[1]} in the "
+            f"{source} does not fit the run's config.json: {name} is {shapes[0]} in the file and {shapes[1]} in the "
             "model; both must come from the same run"
         )
     module.load_state_dict(weights)  # into float32, whatever the file's precision

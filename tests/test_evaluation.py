@@ -14,6 +14,8 @@ import distributed_inr as dinr
 from distributed_inr.evaluation import metrics
 from distributed_inr.evaluation.evaluate import Split, spread
 from distributed_inr.models.torchvision_cpu import import_torchvision
+from distributed_inr.training import checkpoint
+from distributed_inr.training.engine import Optim, Scale, build_engine
 
 
 def test_psnr_is_minus_ten_log_of_the_mean_squared_error_of_each_picture():
@@ -108,13 +110,18 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pictures(folder / "train", 13, seed=1)
     write_pictures(folder / "val", 7, seed=2)
     run = write_run(folder)
-    for samples in (4, 8):  # kept checkpoints of the prior, as the loop names them
-        checkpoint = run / "prior" / "checkpoints" / f"{samples:012d}"
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "manifest.json").write_text("{}")
-        (checkpoint / "ema.safetensors").write_bytes((run / "prior" / "model.safetensors").read_bytes())
-    unfinished = run / "prior" / "checkpoints" / f"{12:012d}"
-    unfinished.mkdir()
+    prior = dinr.load(run).prior
+    assert prior is not None
+    scale = Scale(launcher="none", engine="accelerate")
+    engine = build_engine(prior.requires_grad_(), scale=scale, optim=Optim(), micro_batch_size=1, num_micro_batches=1)
+    checkpoints = run / "prior" / "checkpoints"
+    for samples in (2, 4, 8):
+        path = str(checkpoints / f"{samples:012d}")
+        checkpoint.commit(path, [checkpoint.write(path, checkpoint.collect(engine, state={"samples": samples}))])
+    (damaged,) = (checkpoints / f"{2:012d}").glob("*.safetensors")
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (checkpoints / f"{12:012d}").mkdir()  # its writing was cut short
     counted: list[tuple[int, int]] = []
     dinr.evaluate(run, progress=lambda done, total, figures: counted.append((done, total)))
     assert counted[-1][0] == counted[-1][1] and [done for done, _ in counted] == sorted(done for done, _ in counted)
@@ -160,7 +167,8 @@ def test_evaluation_measures_samples_and_each_kept_checkpoint(evaluated: Path):
     assert kid["samples"] == 8 and kid["training_pictures"] == 13 and "EfficientNet-Lite0" in kid["network"]
     assert abs(kid["held_out_value"]) < kid["value"]
     assert result["samples"]["neighbours"]["median"] > result["samples"]["neighbours"]["smallest"] > 0
-    assert list(result["left_out"]) == ["fid, precision, recall"]
+    assert list(result["left_out"]) == ["kid_efficientnet_lite0_by_checkpoint of 2", "fid, precision, recall"]
+    assert "differs from the sha256" in result["left_out"]["kid_efficientnet_lite0_by_checkpoint of 2"]
 
 
 def test_evaluation_writes_pictures_and_a_report_that_shows_them(evaluated: Path):

@@ -26,7 +26,8 @@ FAST = {
     "data.num_streams": 4,
     "autoencoder_training.batch_size": 4,
     "prior_training.batch_size": 4,
-    "evaluation.num_samples": 0,
+    "prior_training.checkpoint_every_samples": 4,
+    "evaluation.num_samples": 4,
 }
 
 
@@ -56,6 +57,8 @@ def test_a_run_makes_all_that_the_run_folder_holds(experiment: Experiment):
         assert {"model.safetensors", "metrics.jsonl", "checkpoints", "tensorboard", "stage.json", "log.txt"} <= {
             path.name for path in (folder / name).iterdir()
         }
+    course = json.loads((folder / "evaluation.json").read_text())["samples"]["kid_efficientnet_lite0_by_checkpoint"]
+    assert [entry["samples_seen"] for entry in course] == [4, 8]
     assert {"config.json", "evaluation.json", "report.md", "reconstructions.png", "neighbours.png"} <= {
         path.name for path in folder.iterdir()
     }

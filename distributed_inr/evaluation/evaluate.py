@@ -19,7 +19,9 @@ from distributed_inr.domains.domain import Signal, collate
 from distributed_inr.domains.image import downscale
 from distributed_inr.evaluation import metrics, report
 from distributed_inr.field import Field
-from distributed_inr.generation import FieldModel, load, load_weights, make_folder
+from distributed_inr.generation import FieldModel, load, make_folder, set_weights
+from distributed_inr.models import LatentPrior
+from distributed_inr.training import checkpoint
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with (pictures done, of how many, {})."""
@@ -240,12 +242,15 @@ def _distances(
         kid |= {"held_out_value": value, "held_out_standard_error": error}
     course, few = [], min(CHECKPOINT_SAMPLES, len(samples))
     for seen, path in _checkpoints(model).items():
-        if path is None:
-            then = features[:few]
-        else:
-            prior = model.experiment.prior.build(model.autoencoder.latent_shape)
-            load_weights(prior, path)
-            latents = replace(model, prior=prior.to(model.device)).sample_latents(few, seed=model.experiment.seed)
+        then = features[:few]
+        if path is not None:
+            try:
+                prior = _prior_of(model, path)
+            except ValueError as error:
+                left_out[f"kid_efficientnet_lite0_by_checkpoint of {seen}"] = str(error)
+                bar.advance(few)
+                continue
+            latents = replace(model, prior=prior).sample_latents(few, seed=model.experiment.seed)
             then = _features(network, (fields.render(size) for fields in _decode(model, latents)), bar)
         value, error = metrics.kid(then, reference)
         course.append({"samples_seen": seen, "value": value, "standard_error": error, "samples": few})
@@ -333,15 +338,21 @@ def _features(network: nn.Module, batches: Iterator[Tensor] | Sequence[Tensor], 
     return torch.cat(parts)
 
 
-def _checkpoints(model: FieldModel) -> dict[int, Path | None]:
-    """By samples seen, oldest first: the weights of each complete checkpoint of the prior, averaged ones where there
-    are; None for the last of a finished run, which is the model itself.
+def _checkpoints(model: FieldModel) -> dict[int, str | None]:
+    """By samples seen, oldest first: the prior's kept checkpoints; None for the last of a finished run, which is the
+    model itself.
     """
-    complete = sorted(path.parent for path in (model.folder / "prior" / "checkpoints").glob("*/manifest.json"))
-    found: dict[int, Path | None] = {}
-    for path in complete:
-        averaged, plain = path / "ema.safetensors", path / "model.safetensors"
-        if path.name.isdigit():
-            is_last = int(path.name) >= model.experiment.prior_training.num_samples
-            found[int(path.name)] = None if is_last else averaged if averaged.is_file() else plain
-    return found
+    experiment = model.experiment
+    place = str(model.folder / "prior" / "checkpoints")  # the run may have been moved
+    if experiment.checkpoints is not None:
+        place = experiment.checkpoints_of("prior")
+    paths = {int(name): storage.join(place, name) for name in checkpoint.committed(place)}
+    return {seen: None if seen >= experiment.prior_training.num_samples else path for seen, path in paths.items()}
+
+
+def _prior_of(model: FieldModel, path: str) -> LatentPrior:
+    """The prior as a checkpoint has it, averaged where an average was kept."""
+    prior = model.experiment.prior.build(model.autoencoder.latent_shape)
+    average = model.experiment.prior_training.ema_half_life_samples > 0
+    set_weights(prior, checkpoint.weights(path, average=average), source=path)
+    return prior.to(model.device)

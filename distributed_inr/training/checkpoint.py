@@ -123,11 +123,10 @@ def purge(path: str, *, keep: int) -> None:
     """Delete what is older than a committed checkpoint, but the newest `keep` and the best; warn where that fails."""
     folder, last = storage.split(path)
     try:
-        names = [name for name in _names(folder) if name <= last]
-        committed = [n for n in names if "manifest.json" in storage.list_files(storage.join(folder, n))]
-        kept = {*committed[-keep:], *_best(folder, committed)}
-        for name in names:
-            if name not in kept:
+        good = [name for name in committed(folder) if name <= last]
+        kept = {*good[-keep:], *_best(folder, good)}
+        for name in _names(folder):
+            if name <= last and name not in kept:
                 _remove(storage.join(folder, name))
     except (OSError, ValueError) as error:
         logger.warning("old checkpoints in %s cannot be deleted: %s; training goes on", folder, error)
@@ -248,6 +247,11 @@ class Writer:
         return None
 
 
+def committed(folder: str) -> list[str]:
+    """Names of a folder's committed checkpoints, the oldest first, also of those that were damaged since."""
+    return [n for n in _names(folder) if "manifest.json" in storage.list_files(storage.join(folder, n))]
+
+
 def newest(folder: str) -> str | None:
     """The newest valid checkpoint of a folder, the same on every rank; none where none was ever committed.
 
@@ -307,7 +311,12 @@ def load(path: str, engine: Engine, *, averages: Sequence[Fragment]) -> dict[str
 
 
 def weights(path: str, *, average: bool) -> dict[str, Tensor]:
-    """A module's whole state: the weights, or their running average, and the buffers."""
+    """A module's whole state: the weights, or their running average, and the buffers.
+
+    Raises ValueError where the checkpoint is not valid.
+    """
+    if (problem := _problem(path)) is not None:
+        raise ValueError(f"checkpoint {path} cannot be used: {problem}; take another one, or train again")
     kind = "ema" if average else "weight"
     with Reader.open(path) as reader:
         whole = {name: reader.read(kind, name, 0, math.prod(s)).view(s) for name, s in reader.shapes.items()}
