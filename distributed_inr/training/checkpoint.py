@@ -311,10 +311,7 @@ def load(path: str, engine: Engine, *, averages: Sequence[Fragment]) -> dict[str
 
 
 def weights(path: str, *, average: bool) -> dict[str, Tensor]:
-    """A module's whole state: the weights, or their running average, and the buffers.
-
-    Raises ValueError where the checkpoint is not valid.
-    """
+    """A module's whole state: weights, or their average, and buffers. Raises ValueError for a checkpoint not valid."""
     if (problem := _problem(path)) is not None:
         raise ValueError(f"checkpoint {path} cannot be used: {problem}; take another one, or train again")
     kind = "ema" if average else "weight"
