@@ -109,12 +109,12 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluation")
     write_pictures(folder / "train", 13, seed=1)
     write_pictures(folder / "val", 7, seed=2)
-    run = write_run(folder)
+    run = write_run(folder, checkpoints=str(folder / "elsewhere"))
     prior = dinr.load(run).prior
     assert prior is not None
     scale = Scale(launcher="none", engine="accelerate")
     engine = build_engine(prior.requires_grad_(), scale=scale, optim=Optim(), micro_batch_size=1, num_micro_batches=1)
-    checkpoints = run / "prior" / "checkpoints"
+    checkpoints = folder / "elsewhere" / "ddmi" / "tiny" / "prior"
     for samples in (2, 4, 8):
         path = str(checkpoints / f"{samples:012d}")
         checkpoint.commit(path, [checkpoint.write(path, checkpoint.collect(engine, state={"samples": samples}))])
