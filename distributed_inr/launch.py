@@ -258,14 +258,17 @@ class _Watch:
     """Finds workers that hang so that they cannot even say so, kills them, and so has Ray restart all.
 
     Args:
-        timeout_seconds: of silence.
+        timeout_seconds: from when one falls silent to when it is killed and reported, at most.
         folder: where their stacks are written.
     """
 
     def __init__(self, mail: Mail, world: int, timeout_seconds: int, folder: Path) -> None:
-        self.mail, self.world, self.timeout_seconds, self.folder = mail, world, timeout_seconds, folder
+        self.mail, self.world, self.folder = mail, world, folder
+        self._pause = max(1.0, world / 50)  # at most 50 letters a second
+        # A beat may be a pause old when it is seen, its lack is seen a pause late, and killing takes a second or two.
+        self._patience = max(timeout_seconds / 2, timeout_seconds - 2 * (1 + self._pause))
         self._last: dict[int, tuple[Beat, float]] = {}
-        self._killing: dict[Any, Beat] = {}
+        self._killing: dict[Any, tuple[Beat, float]] = {}
         self._looked = 0.0
 
     def look(self) -> list[str]:
@@ -275,29 +278,28 @@ class _Watch:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         now = time.monotonic()
-        if now - self._looked < max(1.0, self.world / 50):  # at most 50 letters a second
-            return []
-        self._looked = now
-        beats = read_beats(self.mail, range(self.world))
-        for beat in beats:
-            if self._last.get(beat.rank, (None, 0.0))[0] != beat:
-                self._last[beat.rank] = beat, now
-        for beat in beats:
-            if now - self._last[beat.rank][1] > self.timeout_seconds:
-                self.mail.remove(f"beats/{beat.rank}")
-                there = NodeAffinitySchedulingStrategy(beat.node, soft=False)
-                task = ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
-                self._killing[task.remote(beat.pid, beat.started)] = beat
+        if now - self._looked >= self._pause:
+            self._looked = now
+            for beat in read_beats(self.mail, range(self.world)):
+                if self._last.get(beat.rank, (None, 0.0))[0] != beat:
+                    self._last[beat.rank] = beat, now
+                silence = now - self._last[beat.rank][1]
+                if silence > self._patience:
+                    self.mail.remove(f"beats/{beat.rank}")
+                    there = NodeAffinitySchedulingStrategy(beat.node, soft=False)
+                    task = ray.remote(kill_process).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
+                    self._killing[task.remote(beat.pid, beat.started)] = beat, silence
         found = []
         for task in list(self._killing):
             if not ray.wait([task], timeout=0)[0]:
                 continue
-            beat = self._killing.pop(task)
+            beat, silence = self._killing.pop(task)
             with contextlib.suppress(RayError):  # its node is gone, and it too
                 if ray.get(task):
-                    write_stacks(self.folder, beats if beat in beats else [*beats, beat])
+                    others = [other for other in read_beats(self.mail, range(self.world)) if other.rank != beat.rank]
+                    write_stacks(self.folder, [*others, beat])
                     found.append(
-                        f"{beat.place}, and was not heard of for {self.timeout_seconds} s: it is killed; see "
+                        f"{beat.place}, and was not heard of for {silence:.0f} s: it is killed; see "
                         f"{self.folder / 'hang.txt'}"
                     )
                     self.mail.put(f"cause/{self.mail.get('attempt')}", found[-1])
