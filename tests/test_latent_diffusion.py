@@ -30,7 +30,7 @@ def gaussian_oracle(model: LatentDiffusionModel, centre: torch.Tensor, spread: f
 
     class Oracle(torch.nn.Module):
         def forward(self, noisy, timesteps):
-            level = model.signal_level[timesteps].view(-1, 1, 1, 1)
+            level = model.chain.signal_level[timesteps].view(-1, 1, 1, 1)
             variance = level * spread**2 + 1 - level
             clean = centre + level.sqrt() * spread**2 / variance * (noisy - level.sqrt() * centre)
             noise = (noisy - level.sqrt() * clean) / (1 - level).sqrt()
@@ -112,7 +112,7 @@ def test_latents_are_normalised_before_and_restored_after():
     samples = model.sample(torch.tensor([sample_seed(1, i) for i in range(400)]), sampler="ddim", steps=250)
     torch.testing.assert_close(samples.mean((0, 2, 3)), mean, atol=0.15, rtol=0)
     torch.testing.assert_close(samples.std((0, 2, 3)), deviation, atol=0, rtol=0.06)
-    assert "latent_mean" in model.state_dict() and "signal_level" not in model.state_dict()
+    assert "latent_mean" in model.state_dict() and "chain.signal_level" not in model.state_dict()
 
 
 @pytest.mark.parametrize("denoiser", DENOISERS)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distributed_inr.config import config
 from distributed_inr.models.torchvision_cpu import import_torchvision
 
-_TIME_DIM = 128
+TIME_DIM = 128
 """Sinusoids of the timestep in the MLP, and numbers in its embedding."""
 
 
@@ -70,6 +70,11 @@ class UNetDenoiser(nn.Module):
         import_torchvision()
         from diffusers import UNet2DModel
 
+        if len(latent_shape) != 3:
+            raise ValueError(
+                f"prior.denoiser.kind=unet needs planes, but this autoencoder's latents are {latent_shape[0]} vectors; "
+                "use prior.denoiser.kind mlp"
+            )
         channels, height, width = latent_shape
         factor = 2 ** (len(cfg.multipliers) - 1)
         if height % factor or width % factor:
@@ -110,8 +115,8 @@ class MLPDenoiser(nn.Module):
         from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
         size = math.prod(latent_shape)
-        self.wave = Timesteps(_TIME_DIM, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time = TimestepEmbedding(_TIME_DIM, _TIME_DIM)
+        self.wave = Timesteps(TIME_DIM, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time = TimestepEmbedding(TIME_DIM, TIME_DIM)
         self.stem = nn.Linear(size, cfg.width)
         self.blocks = nn.ModuleList(MLPBlock(cfg.width) for _ in range(cfg.num_blocks))
         self.norm = nn.LayerNorm(cfg.width)
@@ -135,7 +140,7 @@ class MLPBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = nn.Linear(_TIME_DIM, 2 * width)
+        self.modulation = nn.Linear(TIME_DIM, 2 * width)
         self.first = nn.Linear(width, width)
         self.second = nn.Linear(width, width)
         for parameter in (*self.modulation.parameters(), *self.second.parameters()):

@@ -1,6 +1,6 @@
 """Latent diffusion: a denoising diffusion model over latents (DDMI, section 3.2, eq. 10)."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 import torch
@@ -11,8 +11,8 @@ from distributed_inr import randomness
 from distributed_inr.config import config
 from distributed_inr.domains import Signal
 from distributed_inr.models.denoisers import AnyDenoiser, UNet
-from distributed_inr.models.latent_prior import LatentPrior, Sampler
-from distributed_inr.models.torchvision_cpu import import_torchvision
+from distributed_inr.models.latent_prior import LatentPrior, draw_latent, statistics_shape
+from distributed_inr.models.noising import NoisingChain, Prediction, Sampler, scaled_linear_betas
 
 
 @config
@@ -22,7 +22,7 @@ class LatentDiffusion:
     kind: Literal["latent-diffusion"] = "latent-diffusion"
     denoiser: AnyDenoiser = UNet()
     """The network."""
-    prediction: Literal["epsilon", "v", "x0"] = "epsilon"
+    prediction: Prediction = "epsilon"
     """What the network predicts: the noise (eq. 10), the velocity, or the clean latent."""
     timestep_logit: tuple[float, Annotated[float, pydantic.Field(gt=0)]] | None = None
     """Mean and deviation of the normal distribution that the logit of t / T is drawn from in training, which spends it
@@ -34,6 +34,10 @@ class LatentDiffusion:
     beta_end: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.0195
     """Noise variance of the last step."""
 
+    def settle(self, num_signals: int) -> "LatentDiffusion":
+        """With what depends on the number of training signals set: nothing does."""
+        return self
+
     def build(self, latent_shape: tuple[int, ...]) -> "LatentDiffusionModel":
         return LatentDiffusionModel(self, latent_shape)
 
@@ -42,11 +46,9 @@ class LatentDiffusionModel(LatentPrior):
     """Diffusion over latents of one shape.
 
     Attributes:
-        signal_level: [num_timesteps] the part of a noisy latent's variance that is signal.
-        latent_mean, latent_deviation: [channels, 1, ...] statistics of the training latents.
+        latent_mean, latent_deviation: statistics of the training latents, of `statistics_shape(latent_shape)`.
     """
 
-    signal_level: Tensor
     latent_mean: Tensor
     latent_deviation: Tensor
 
@@ -54,52 +56,30 @@ class LatentDiffusionModel(LatentPrior):
         super().__init__()
         self.cfg, self.latent_shape = cfg, latent_shape
         self.denoiser = cfg.denoiser.build(latent_shape)
-        betas = torch.linspace(cfg.beta_start**0.5, cfg.beta_end**0.5, cfg.num_timesteps, dtype=torch.float64).square()
-        # Derived from the config, so not part of the checkpoint.
-        self.register_buffer("signal_level", (1 - betas).cumprod(0).float(), persistent=False)
-        per_channel = (latent_shape[0], *[1] * (len(latent_shape) - 1))
-        self.register_buffer("latent_mean", torch.zeros(per_channel))
-        self.register_buffer("latent_deviation", torch.ones(per_channel))
+        betas = scaled_linear_betas(cfg.num_timesteps, start=cfg.beta_start, end=cfg.beta_end)
+        self.chain = NoisingChain(betas, cfg.prediction)
+        self.register_buffer("latent_mean", torch.zeros(statistics_shape(latent_shape)))
+        self.register_buffer("latent_deviation", torch.ones(statistics_shape(latent_shape)))
 
     def forward(self, signal: Signal) -> dict[str, Tensor]:
         """Eq. 10, as a mean over the latent's elements; w(t) is the density that timesteps are drawn with."""
-        mean, deviation = signal.inputs.float().unbind(1)
-        latent = mean + deviation * randomness.normal(signal.seed, "posterior", self.latent_shape)
-        clean = (latent - self.latent_mean) / self.latent_deviation
+        clean = (draw_latent(signal) - self.latent_mean) / self.latent_deviation
         timesteps = self._timesteps(signal.seed)
         noise = randomness.normal(signal.seed, "noise", self.latent_shape)
-
-        level = self.signal_level[timesteps].view(-1, *[1] * len(self.latent_shape))
-        noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
-        targets = {"epsilon": noise, "x0": clean, "v": level.sqrt() * noise - (1 - level).sqrt() * clean}
+        noisy, target = self.chain.add_noise(clean, timesteps, noise)
         predicted = self.denoiser(noisy, timesteps)
-        return {"diffusion": (predicted.float() - targets[self.cfg.prediction]).square().mean()}
+        return {"diffusion": (predicted.float() - target).square().mean()}
 
-    def normalise_from(self, mean: Float[Tensor, " channels"], deviation: Float[Tensor, " channels"]) -> None:
+    def normalise_from(self, mean: Float[Tensor, "*statistics"], deviation: Float[Tensor, "*statistics"]) -> None:
         self.latent_mean.copy_(mean.view_as(self.latent_mean))
         self.latent_deviation.copy_(deviation.view_as(self.latent_deviation))
 
     def sample(
         self, seeds: Int64[Tensor, " count"], *, sampler: Sampler = "ddim", steps: int = 50
     ) -> Float[Tensor, "count *latent_shape"]:
-        """Ancestral sampling (DDMI, section 3.2), DDIM, or DPM-Solver++(2M), with `steps` network evaluations."""
-        if not 0 < steps <= self.cfg.num_timesteps:
-            raise ValueError(
-                f"sampling.steps={steps} must lie in 1..{self.cfg.num_timesteps} (prior.num_timesteps); try 50"
-            )
-        scheduler = self._scheduler(sampler)
-        scheduler.set_timesteps(steps)
-        device = self.latent_mean.device
-        noisy = randomness.normal(seeds.to(device), "initial", self.latent_shape)
-        for index, timestep in enumerate(scheduler.timesteps):
-            predicted = self.denoiser(noisy, timestep.to(device).expand(len(seeds)))
-            extra: dict[str, Any] = {}
-            if sampler == "ancestral":
-                # DDIM with eta = 1 is the DDPM posterior; the noise comes from each sample's seed.
-                noise = randomness.normal(seeds.to(device), f"step {index}", self.latent_shape)
-                extra = {"eta": 1.0, "variance_noise": noise}
-            noisy = scheduler.step(predicted.float(), timestep, noisy, **extra).prev_sample
-        return noisy * self.latent_deviation + self.latent_mean
+        seeds = seeds.to(self.latent_mean.device)
+        drawn = self.chain.sample(self.denoiser, seeds, self.latent_shape, sampler=sampler, steps=steps)
+        return drawn * self.latent_deviation + self.latent_mean
 
     def _timesteps(self, seeds: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
         if self.cfg.timestep_logit is None:
@@ -107,18 +87,3 @@ class LatentDiffusionModel(LatentPrior):
         mean, deviation = self.cfg.timestep_logit
         part = torch.sigmoid(mean + deviation * randomness.normal(seeds, "timestep", ()))
         return (part * self.cfg.num_timesteps).long().clamp(max=self.cfg.num_timesteps - 1)
-
-    def _scheduler(self, sampler: Sampler) -> Any:
-        import_torchvision()
-        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-
-        shared: dict[str, Any] = dict(
-            num_train_timesteps=self.cfg.num_timesteps,
-            beta_start=self.cfg.beta_start,
-            beta_end=self.cfg.beta_end,
-            beta_schedule="scaled_linear",
-            prediction_type={"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[self.cfg.prediction],
-        )
-        if sampler == "dpm-solver++":
-            return DPMSolverMultistepScheduler(**shared, timestep_spacing="trailing")
-        return DDIMScheduler(**shared, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
