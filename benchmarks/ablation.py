@@ -20,7 +20,7 @@ from distributed_inr.experiment import Experiment
 from distributed_inr.generation import load
 from distributed_inr.launch import launcher
 from distributed_inr.pipeline import fit_autoencoder
-from distributed_inr.presets import furniture_image
+from distributed_inr.presets.ddmi import furniture_image
 from distributed_inr.run_folder import Stage
 
 CONDITIONINGS = ("single", "concatenate", "coarse-to-fine")

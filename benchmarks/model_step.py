@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distributed_inr.domains import Image, Signal
 from distributed_inr.models.d2c_vae import D2CVAE
-from distributed_inr.presets import afhqv2_cat_256
+from distributed_inr.presets.ddmi import afhqv2_cat_256
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

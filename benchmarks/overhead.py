@@ -33,7 +33,7 @@ from distributed_inr.config import override, to_json
 from distributed_inr.data.reader import ShardDataset, training_stream
 from distributed_inr.experiment import Experiment
 from distributed_inr.launch import Worker, launcher
-from distributed_inr.presets import PRESETS
+from distributed_inr.presets.ddmi import PRESETS
 from distributed_inr.training.engine import Scale
 from distributed_inr.training.loop import train
 

@@ -13,7 +13,7 @@ import time
 from distributed_inr import pipeline
 from distributed_inr.config import override
 from distributed_inr.launch import Worker, launcher
-from distributed_inr.presets import PRESETS
+from distributed_inr.presets.ddmi import PRESETS
 from distributed_inr.run_folder import Stage
 
 

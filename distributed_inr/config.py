@@ -180,6 +180,10 @@ def _validate(cls: type[C], values: Any) -> C:
             raise ValueError(f"{path} is not a field; remove it or check the spelling against --help") from None
         if first["type"] == "value_error":  # a cross-field rule: it already names its paths, values and remedy
             raise ValueError(message) from None
+        if first["type"] == "union_tag_invalid":
+            context = first.get("ctx", {})
+            tag, tags = reprlib.repr(context.get("tag")), context.get("expected_tags")
+            raise ValueError(f"{path}.kind={tag}: must be one of {tags}; see --help") from None
         raise ValueError(f"{path}={reprlib.repr(first['input'])}: {message}; see --help for what it accepts") from None
 
 

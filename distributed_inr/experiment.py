@@ -1,5 +1,6 @@
 """Experiment: every option of every verb, in one frozen config."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,8 +11,9 @@ from distributed_inr.data import storage
 from distributed_inr.data.reader import Data, ShardDataset
 from distributed_inr.data.shards import ShardIndex
 from distributed_inr.domains import AnyDomain
-from distributed_inr.models import AnyAutoencoder, AnyPrior
-from distributed_inr.models.latent_prior import Sampler
+from distributed_inr.models import AnyAutoencoder, AnyPrior, LayersOfExperts
+from distributed_inr.models.latent_fitting import MetaLearning
+from distributed_inr.models.noising import Sampler
 from distributed_inr.training.engine import Scale
 from distributed_inr.training.loop import Training
 
@@ -52,8 +54,8 @@ class Experiment:
 
     name: str
     """Name of the run; with `family` and `output` it makes the run folder <output>/<family>/<name>."""
-    family: Literal["ddmi"] = "ddmi"
-    """Model family."""
+    family: Literal["ddmi", "chinr"] = "ddmi"
+    """Model family: ddmi trains a d2c-vae, chinr layers-of-experts."""
     output: str = DEFAULT_OUTPUT
     """Folder that holds the run folders; absolute, and shared by all nodes, inside a Ray job and on several nodes."""
     checkpoints: str | None = None
@@ -82,6 +84,30 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.autoencoder.check(self.domain)
+        family = "chinr" if isinstance(self.autoencoder, LayersOfExperts) else "ddmi"
+        if self.family != family:
+            raise ValueError(
+                f"family={self.family} does not train autoencoder.kind={self.autoencoder.kind}; use "
+                f"jobs/train_{family}.py, whose presets have it"
+            )
+        if isinstance(self.autoencoder, LayersOfExperts):
+            self._check_fitting(self.autoencoder)
+
+    def _check_fitting(self, autoencoder: LayersOfExperts) -> None:
+        if self.scale.engine == "deepspeed" and self.scale.zero_stage == 3:
+            raise ValueError(
+                "scale.zero_stage=3 does not work with autoencoder.kind=layers-of-experts, which takes gradients "
+                "inside its forward pass: they fail where weights are divided among the workers; use scale.zero_stage 2"
+            )
+        if isinstance(autoencoder.fitting, MetaLearning) and self.scale.precision == "bfloat16":
+            raise ValueError(
+                "scale.precision=bfloat16 does not work with autoencoder.fitting.kind=meta-learning: it puts 21 % "
+                "error into second derivatives; use auto, which keeps them in float32"
+            )
+
+    def settle(self, num_signals: int) -> "Experiment":
+        """With what depends on the number of training signals set, if it was left open."""
+        return replace(self, prior=self.prior.settle(num_signals))
 
     @property
     def folder(self) -> Path:

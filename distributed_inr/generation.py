@@ -30,7 +30,7 @@ from distributed_inr.domains.image import to_pillow
 from distributed_inr.experiment import DEFAULT_OUTPUT, Experiment
 from distributed_inr.field import Field
 from distributed_inr.models import FieldAutoencoder, LatentPrior
-from distributed_inr.models.latent_prior import Sampler
+from distributed_inr.models.noising import Sampler
 
 MAX_RESOLUTION = 16_384
 """Pixels a side of the largest picture that the jobs write (3.2 GB in memory)."""
@@ -127,7 +127,7 @@ def load(run: str | Path, *, device: str | torch.device | None = None) -> FieldM
         prior = experiment.prior.build(autoencoder.latent_shape)
         load_weights(prior, folder / "prior" / "model.safetensors")
         prior = prior.to(device)
-    return FieldModel(experiment, folder, autoencoder.to(device), prior, device)
+    return FieldModel(experiment, folder, autoencoder.to(device).for_sampling(), prior, device)
 
 
 def read_experiment(folder: Path) -> Experiment:

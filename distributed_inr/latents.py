@@ -2,7 +2,8 @@
 
     latents/  000000-000000.tar ...  index.json  statistics.json
 
-A record holds float16 [2, *latent_shape], mean and deviation, and the caption. Priors never load the autoencoder.
+A record holds the caption and float16 [2, *latent_shape], mean and deviation; or, where latents are points, float32
+[1, *latent_shape], and the PSNR of the fit in its .json. Priors never load the autoencoder.
 """
 
 import dataclasses
@@ -15,15 +16,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Float64
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from distributed_inr.data.reader import ShardDataset, stream
 from distributed_inr.data.shard_writer import ShardWriter, write_index
 from distributed_inr.data.shards import ShardIndex
-from distributed_inr.domains.domain import Signal, collate
+from distributed_inr.domains.domain import Record, Signal, collate
 from distributed_inr.experiment import Experiment
 from distributed_inr.generation import load_weights
 from distributed_inr.launch import Worker
+from distributed_inr.models import FieldAutoencoder
+from distributed_inr.models.latent_prior import statistics_shape
 from distributed_inr.run_folder import Stage, write_text
 from distributed_inr.training.fragments import is_first, sum_over_ranks
 
@@ -51,7 +56,8 @@ def write_latents(worker: Worker, *, experiment: Experiment, stage: Stage, shard
 
     blocks = range(worker.rank, shards.num_blocks, worker.world)
     batches = _Batches(dataset, shards, blocks, experiment.evaluation.batch_size)
-    sums = torch.zeros(4, shards.shape[0], dtype=torch.float64, device=device)
+    sums = torch.zeros(4, *statistics_shape(shards.shape), dtype=torch.float64, device=device)
+    psnr = torch.zeros(2, dtype=torch.float64, device=device)
     writer: ShardWriter | None = None
     for step, batch in enumerate(stream(batches, range(len(batches)), experiment.data.num_loaders)):
         if batches.starts_block(step):
@@ -60,17 +66,19 @@ def write_latents(worker: Worker, *, experiment: Experiment, stage: Stage, shard
             prefix = f"{batches.block(step):06d}-"
             writer = ShardWriter(folder, domain="latent", protocol=about, prefix=prefix)
         assert writer is not None and batch.mask is not None
-        for copy, signal in enumerate(domain.copies(batch.to(device))):
-            found = torch.stack(module.posterior(signal), dim=1).half()  # [batch, 2, *latent_shape]
-            found = found[batch.mask.to(device)]
-            mean, deviation = found.double().flatten(3).unbind(1)  # [batch, channels, cells]
-            sums += torch.stack([torch.ones_like(mean), mean, mean.square(), deviation.square()]).sum((1, 3))
-            names = [(key, text) for key, text, good in zip(batch.key, batch.text, batch.mask, strict=True) if good]
-            for (key, text), latent in zip(names, found.cpu().numpy(), strict=True):
-                file = io.BytesIO()
-                np.save(file, latent, allow_pickle=False)
-                record = {"__key__": f"{key}#{copy}" if copy else key, "latent.npy": file.getvalue()}
-                writer.write(record | ({"txt": text.encode()} if text else {}))
+        good = batch.rows(batch.mask.nonzero().flatten().tolist())
+        for copy, signal in enumerate(domain.copies(good.to(device)) if len(good) else ()):
+            mean, deviation = module.posterior(signal)
+            found = mean[:, None] if deviation is None else torch.stack([mean, deviation], dim=1).half()
+            sums += _sums(found)
+            records = _records(signal, copy, found)
+            if deviation is None:
+                fits = _psnr(module, signal, mean)
+                psnr += torch.stack([torch.ones_like(fits), fits]).double().sum(1)
+                for record, fit in zip(records, fits.tolist(), strict=True):
+                    record["json"] = json.dumps({"psnr": round(fit, 3)}).encode()
+            for record in records:
+                writer.write(record)
         if is_first():
             done = (step + 1) / len(batches)
             worker.progress(round(done * len(dataset)), len(dataset), {})
@@ -78,12 +86,42 @@ def write_latents(worker: Worker, *, experiment: Experiment, stage: Stage, shard
         writer.close(write_index=False)
 
     count, mean, square, variance = sum_over_ranks(sums)
-    if is_first():  # after the sum, to which every rank came with its shards written
+    num_fitted, fits = sum_over_ranks(psnr).tolist()
+    if is_first():  # after the sums, to which every rank came with its shards written
         mean, square, variance = mean / count, square / count, variance / count
-        deviation = (square - mean.square() + variance).sqrt()
+        deviation = (square - mean.square() + variance).clamp(min=0).sqrt()
+        deviation = torch.where(deviation > 0, deviation, 1.0)  # a number that never varies is left as it is
         statistics = {"mean": mean.tolist(), "deviation": deviation.tolist(), "latent_shape": shards.shape}
+        if num_fitted:
+            statistics["psnr"] = fits / num_fitted
         write_text(folder / "statistics.json", json.dumps(statistics, indent=1) + "\n")
         write_index(folder, domain="latent", protocol=about)
+
+
+def _sums(found: Float[Tensor, "batch mean_and_deviation *latent_shape"]) -> Float64[Tensor, "4 *statistics"]:
+    """Count, and sums of the mean, its square, and the variance, over a batch and the cells of its planes."""
+    mean, *deviation = found.double().unbind(1)
+    variance = deviation[0].square() if deviation else torch.zeros_like(mean)
+    over = (0,) if mean.dim() == 3 else (0, 2, 3)
+    sums = torch.stack([m.sum(over) for m in (torch.ones_like(mean), mean, mean.square(), variance)])
+    return sums.view(4, *statistics_shape(tuple(mean.shape[1:])))
+
+
+def _records(signal: Signal, copy: int, latents: Tensor) -> list[Record]:
+    records = []
+    for key, text, latent in zip(signal.key, signal.text, latents.cpu().numpy(), strict=True):
+        file = io.BytesIO()
+        np.save(file, latent, allow_pickle=False)
+        record: Record = {"__key__": f"{key}#{copy}" if copy else key, "latent.npy": file.getvalue()}
+        records.append(record | ({"txt": text.encode()} if text else {}))
+    return records
+
+
+def _psnr(module: FieldAutoencoder, signal: Signal, latent: Tensor) -> Float[Tensor, " batch"]:
+    """Of each fitted function on what the encoder saw, in dB."""
+    queries, values = module.domain.measurements(signal)
+    error = module.domain.observe(module.decode(latent), queries) - values
+    return 20 * math.log10(module.domain.value_span) - 10 * error.square().mean((1, 2)).log10()
 
 
 @dataclass(frozen=True)
@@ -96,10 +134,11 @@ class LatentShards:
     record_bytes: int
 
     @staticmethod
-    def of(experiment: Experiment, index: ShardIndex, shape: tuple[int, ...]) -> "LatentShards":
+    def of(experiment: Experiment, index: ShardIndex, autoencoder: FieldAutoencoder) -> "LatentShards":
         """Reads one sample, which also shows whether the data are what the domain expects."""
         signal, _ = experiment.dataset(index).signal(0)
-        members = [128 + 4 * math.prod(shape)] + ([1] if signal.text else [])
+        shape = autoencoder.latent_shape
+        members = [128 + 4 * math.prod(shape)] + [1] * (bool(signal.text) + (not autoencoder.is_variational))
         size = sum(512 + -(-member // 512) * 512 for member in members)
         return LatentShards(shape, index.num_samples, len(experiment.domain.copies(collate([signal]))), size)
 

@@ -48,11 +48,12 @@ def run(experiment: Experiment) -> dict[str, Path]:
     Raises ValueError, before any work, where the options do not fit each other, the data or the run folder.
     """
     experiment = settle_output(experiment, shared=in_ray_job())
+    train_index, val_index = _indexes(experiment)
+    experiment = experiment.settle(train_index.num_samples)
     with torch.device("meta"):  # shapes only: what does not fit is found before anything is trained
         autoencoder = experiment.autoencoder.build(experiment.domain)
         prior = experiment.prior.build(autoencoder.latent_shape)
-    train_index, val_index = _indexes(experiment)
-    latents = LatentShards.of(experiment, train_index, autoencoder.latent_shape)
+    latents = LatentShards.of(experiment, train_index, autoencoder)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals(stoppable=False))  # between the stages; those that train hear for themselves

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distributed_inr.config import Parser, command
 from distributed_inr.generation import load, sample_files
-from distributed_inr.models.latent_prior import Sampler
+from distributed_inr.models.noising import Sampler
 
 
 @command

@@ -11,7 +11,7 @@ import sys
 
 from distributed_inr import pipeline
 from distributed_inr.config import command, parse
-from distributed_inr.presets import PRESETS
+from distributed_inr.presets.ddmi import PRESETS
 
 
 @command

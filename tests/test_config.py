@@ -6,7 +6,7 @@ import pydantic
 import pytest
 
 from distributed_inr.config import config, differences, from_json, override, parse, to_json
-from distributed_inr.presets import PRESETS
+from distributed_inr.presets.ddmi import PRESETS
 
 
 @config

@@ -13,7 +13,7 @@ from distributed_inr.models.d2c_vae import D2CVAE
 from distributed_inr.models.encoders import PixelEncoder, TimmEncoder
 from distributed_inr.models.planes import interpolate, plane_axes
 from distributed_inr.models.torchvision_cpu import import_torchvision
-from distributed_inr.presets import PRESETS
+from distributed_inr.presets.ddmi import PRESETS
 from distributed_inr.randomness import sample_seed
 
 DOMAIN = Image(size=16, source_size=32)

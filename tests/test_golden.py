@@ -15,7 +15,7 @@ import torch
 from distributed_inr.config import override, to_json
 from distributed_inr.data.reader import read_latent
 from distributed_inr.data.shard_writer import ShardWriter
-from distributed_inr.presets import furniture_image
+from distributed_inr.presets.ddmi import furniture_image
 from distributed_inr.training.loop import train
 
 GOLDEN = Path(__file__).parent / "golden" / "furniture-image.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import LocalRay
 
-from distributed_inr.presets import PRESETS
+from distributed_inr.presets.ddmi import PRESETS
 
 TINY = """
     --domain.size 16 --domain.scales 1 --domain.scale-weights 1

@@ -9,7 +9,7 @@ from tiny_run import smooth_picture, write_pictures
 from distributed_inr import pipeline
 from distributed_inr.config import override
 from distributed_inr.generation import load
-from distributed_inr.presets import PRESETS
+from distributed_inr.presets.ddmi import PRESETS
 
 TINY = {
     "domain.size": 32,

@@ -241,15 +241,15 @@ class TooManyBad(ValueError):
 
 
 def read_latent(record: Record, seed: int) -> Signal:
-    """Decode one record of a latent set: float16 mean and deviation [2, *latent_shape], and the caption."""
+    """Decode one record of a latent set: mean and perhaps deviation, [1 or 2, *latent_shape], and the caption."""
     key = record["__key__"]
     try:
         latent = _read_npy(record["latent.npy"])
     except (ValueError, KeyError) as error:
         raise ValueError(f"{key}.latent.npy cannot be decoded: {error}") from None
-    if latent.ndim < 2 or latent.shape[0] != 2 or latent.dtype.kind != "f":
+    if latent.ndim < 2 or latent.shape[0] not in (1, 2) or latent.dtype.kind != "f":
         raise ValueError(
-            f"{key}.latent.npy has shape {latent.shape} {latent.dtype}, expected floats [2, *latent_shape]"
+            f"{key}.latent.npy has shape {latent.shape} {latent.dtype}, expected floats [1 or 2, *latent_shape]"
         )
     return Signal(
         key=key,

@@ -30,10 +30,12 @@ class Signal:
         key: the sample's key.
         seed: int64 [] or [batch]; every random draw that concerns the sample comes from it.
         position: int64 [] or [batch]; samples that the run had seen before this one (schedules depend on it).
-        inputs: what an encoder sees; for a prior, the latent's mean and deviation [2, *latent_shape].
+        inputs: what an encoder sees; for a prior, the latent's mean and, if it has one, deviation [1 or 2,
+            *latent_shape].
         targets: the domain's own: what `Domain.supervise` draws from.
         text: the caption, empty where there is none.
         mask: bool [batch]; False marks a repeated sample that must not count (evaluation's ragged last step).
+        latent: of a batch in auto-decoding: the samples' own latents, which gradients are asked for.
     """
 
     key: str | list[str]
@@ -43,6 +45,7 @@ class Signal:
     targets: Tensor | None = None
     text: str | list[str] = ""
     mask: Tensor | None = None
+    latent: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.key)
@@ -59,6 +62,11 @@ class Signal:
         """A slice of a batch."""
         part = self.map(lambda tensor: tensor[index])
         return dataclasses.replace(part, key=self.key[index], text=self.text[index])
+
+    def rows(self, indices: Sequence[int]) -> Signal:
+        """Some samples of a batch."""
+        part = self.map(lambda tensor: tensor[list(indices)])
+        return dataclasses.replace(part, key=[self.key[i] for i in indices], text=[self.text[i] for i in indices])
 
 
 def caption(record: Record) -> str:
@@ -107,6 +115,8 @@ class Domain(ABC):
     coord_dim: ClassVar[int]
     value_dim: ClassVar[int]
     view_dim: ClassVar[int]
+    value_span: ClassVar[float]
+    """From the smallest to the largest value: the peak of a peak signal-to-noise ratio."""
     input_kind: ClassVar[str]
     """What `Signal.inputs` holds, so that an experiment can check the encoder against it."""
     metrics: ClassVar[tuple[str, ...]]
@@ -136,6 +146,16 @@ class Domain(ABC):
     @abstractmethod
     def supervise(self, signal: Signal, count: int) -> tuple[Queries, Float[Tensor, "batch points value_dim"]]:
         """Draw `count` measurements of each signal from the sample's seed: queries and their true values."""
+
+    @abstractmethod
+    def measurements(
+        self, signal: Signal, count: int | None = None
+    ) -> tuple[Queries, Float[Tensor, "batch points value_dim"]]:
+        """What an encoder sees of each signal, as queries and values that a latent can be fitted to.
+
+        Args:
+            count: draw as many, from the sample's seed; None takes all, which draws nothing.
+        """
 
     def observe(self, field: Field, queries: Queries) -> Float[Tensor, "batch points value_dim"]:
         """What the sensor measures of the field: its value. Scenes integrate along rays instead."""

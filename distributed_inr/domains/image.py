@@ -49,6 +49,7 @@ class Image(Domain):
     coord_dim: ClassVar[int] = 2
     value_dim: ClassVar[int] = 3
     view_dim: ClassVar[int] = 1
+    value_span: ClassVar[float] = 2.0
     input_kind: ClassVar[str] = "pixels"
     metrics: ClassVar[tuple[str, ...]] = ("psnr", "ssim")
 
@@ -130,6 +131,18 @@ class Image(Domain):
 
         coords = (torch.stack([x, y], dim=-1) * 2 + 1) / resolution[:, None, None] - 1
         return Queries(coords, self._view(resolution, cell.shape[1])), values
+
+    def measurements(self, signal: Signal, count: int | None = None) -> tuple[Queries, Float[Tensor, "batch points 3"]]:
+        """The pixels of the picture at its base resolution."""
+        batch, size, values = len(signal), self.size, signal.inputs.flatten(2).transpose(1, 2)
+        centres = pixel_centres(size, values.device)
+        y, x = torch.meshgrid(centres, centres, indexing="ij")
+        coords = torch.stack([x, y], dim=-1).view(1, -1, 2).expand(batch, -1, -1)
+        if count is not None and count < size * size:
+            cell = randomness.integers(signal.seed, "measurements", (count,), size * size)[..., None]
+            coords, values = coords.gather(1, cell.expand(-1, -1, 2)), values.gather(1, cell.expand(-1, -1, 3))
+        scale = torch.full((batch,), size, device=values.device)
+        return Queries(coords, self._view(scale, coords.shape[1])), values
 
     def nll(self, observed: Tensor, values: Tensor) -> Float[Tensor, " batch"]:
         error = observed - values

@@ -1,6 +1,6 @@
 """D2C-VAE: an autoencoder from discrete signals to continuous functions (DDMI, section 3.1)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pydantic
 import torch
@@ -102,6 +102,8 @@ class D2CVAE:
 class D2CVAEModel(FieldAutoencoder):
     """The D2C-VAE of one domain."""
 
+    is_variational: ClassVar[bool] = True
+
     def __init__(self, cfg: D2CVAE, domain: Domain) -> None:
         super().__init__()
         cfg.check(domain)
@@ -145,6 +147,9 @@ class D2CVAEModel(FieldAutoencoder):
         planes = latent.unflatten(1, (len(self.axes), -1)).flatten(0, 1)  # [batch * planes, latent_channels, h, w]
         basis = self.decoder(planes.contiguous(memory_format=torch.channels_last))
         return Field(self._evaluate, tuple(b.unflatten(0, (len(latent), -1)) for b in basis), self.domain)
+
+    def for_sampling(self) -> "D2CVAEModel":
+        return self
 
     def _statistics(self, signal: Signal) -> tuple[Tensor, Tensor]:
         inputs = signal.inputs.contiguous(memory_format=torch.channels_last)

@@ -1,8 +1,4 @@
-"""Named experiments: the bundled ones, and the papers' own.
-
-A preset is a function that returns a complete `Experiment`; its docstring gives the command, the hardware and the
-number to reach. Any field can be overridden on the command line.
-"""
+"""DDMI: the D2C-VAE with diffusion over its latents."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -325,7 +325,7 @@ def _validate(engine: Engine, batches: Iterable[Signal], samples: int, attend: C
         attend()
         rows = range(len(batch)) if batch.mask is None else batch.mask.nonzero().flatten().tolist()
         # A batch without any sample that counts is passed through all the same: the other ranks wait for it at stage 3.
-        part = _rows(batch, rows or [0]).to(engine.device)
+        part = batch.rows(rows or [0]).to(engine.device)
         # Schedules that depend on the position are where training is.
         part = dataclasses.replace(part, position=torch.full_like(part.position, samples))
         for name, loss in engine.forward(part).items():
@@ -338,11 +338,6 @@ def _validate(engine: Engine, batches: Iterable[Signal], samples: int, attend: C
     *values, number = totals.tolist()
     losses = {f"val/{name}": value / max(1.0, number) for name, value in zip(sums, values, strict=True)}
     return {**losses, "val/total": sum(losses.values())}
-
-
-def _rows(batch: Signal, rows: Sequence[int]) -> Signal:
-    part = batch.map(lambda tensor: tensor[list(rows)])
-    return dataclasses.replace(part, key=[batch.key[i] for i in rows], text=[batch.text[i] for i in rows])
 
 
 def _open_logs(folder: Path, run: RunState) -> SummaryWriter:
