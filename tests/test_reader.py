@@ -110,6 +110,16 @@ def test_seeds_belong_to_the_position_of_the_run(tmp_path: Path) -> None:
     assert dataset[123].text == f"caption {int(dataset[123].key)}"
 
 
+def test_a_signal_has_its_own_number_in_the_set_and_a_replacement_the_replacements(tmp_path: Path) -> None:
+    dataset = make(tmp_path / "set", 45, bad=(3, 20), max_bad_fraction=1.0)  # in shards of seven
+    found = {dataset[position].key: dataset[position].number for position in range(45)}
+    assert all(number is not None and int(number) == int(key) for key, number in found.items()) and len(found) == 43
+    replaced, is_itself = dataset.signal(20)  # the last of its shard, whose first comes next
+    assert not is_itself and replaced.key == "014" and replaced.number == 14
+    batch = next(training_stream(dataset, start=0, global_batch=8, micro_batch=8, num_loaders=1))
+    assert batch.number is not None and batch.number.tolist() == [int(key) for key in batch.key]
+
+
 def test_a_rank_reads_only_its_own_spans(tmp_path: Path) -> None:
     """With S a multiple of W, rank r reads S / W spans of an epoch: a part of the shards."""
     write_set(tmp_path / "set", 128, shard_samples=4)

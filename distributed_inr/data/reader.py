@@ -170,7 +170,8 @@ class ShardDataset(Dataset):
                     counts[1] += 1
                     self._stop_above_limit(error)
                 continue
-            return replace(signal, position=torch.tensor(position)), attempt == 0
+            number = torch.tensor(int(self._starts[shard]) + current)
+            return replace(signal, position=torch.tensor(position), number=number), attempt == 0
         raise ValueError(f"shard {source.shard.url}: none of its {len(source)} samples is good; prepare the set again")
 
     def _log_bad(self, source: OpenShard, sample: int, error: Exception) -> None:

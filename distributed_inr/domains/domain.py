@@ -36,6 +36,7 @@ class Signal:
         text: the caption, empty where there is none.
         mask: bool [batch]; False marks a repeated sample that must not count (evaluation's ragged last step).
         latent: of a batch in auto-decoding: the samples' own latents, which gradients are asked for.
+        number: int64 [] or [batch]; the sample's number in its set's own order, where it comes from a set.
     """
 
     key: str | list[str]
@@ -46,6 +47,7 @@ class Signal:
     text: str | list[str] = ""
     mask: Tensor | None = None
     latent: Tensor | None = None
+    number: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.key)
