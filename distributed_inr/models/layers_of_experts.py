@@ -219,7 +219,7 @@ class ShiftLayer(nn.Module):
         return torch.cat([weights, (self.theta[-1] + self.shift(latent))[:, None]], dim=1)
 
     def fold(self) -> tuple[Tensor, Tensor]:
-        basis = torch.zeros(self.shift.in_features, *self.theta.shape, device=self.theta.device)
+        basis = self.theta.new_zeros(self.shift.in_features, *self.theta.shape)
         basis[:, -1] = self.shift.weight.T
         return self.theta.flatten(), basis.flatten(1)
 
