@@ -82,10 +82,11 @@ class HierarchicalDiffusionModel(LatentPrior):
             )
         assert cfg.condition_bits is not None, "settle the number of bits first"
         num_layers, latent_dim = latent_shape
-        if cfg.condition_bits > (num_layers - 1) * latent_dim:
+        most = (num_layers - 1) * latent_dim
+        if cfg.condition_bits > most:
             raise ValueError(
-                f"prior.condition_bits={cfg.condition_bits} must be at most {(num_layers - 1) * latent_dim}, the "
-                f"numbers of the {num_layers - 1} latents that conditions are made from; try {min(12, latent_dim)}"
+                f"prior.condition_bits={cfg.condition_bits} must be at most {most}, the numbers of the "
+                f"{num_layers - 1} latents that conditions are made from; try {min(12, latent_dim, most)}"
             )
         self.cfg, self.latent_shape = cfg, latent_shape
         shared = cfg.networks == "shared"

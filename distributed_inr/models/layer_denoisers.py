@@ -37,6 +37,13 @@ class ConvolutionalUNet:
     multipliers: tuple[int, ...] = (1, 2, 4)
     """Channels of each level over `channels`, finest first; every level halves the length."""
 
+    def __post_init__(self) -> None:
+        if self.channels * self.multipliers[-1] % 32:
+            raise ValueError(
+                f"prior.denoiser.channels={self.channels} times the last multiplier {self.multipliers[-1]} must be a "
+                "multiple of 32, the size of an attention head; try 32"
+            )
+
     def build(self, *, latent_dim: int, num_layers: int, condition_bits: int) -> "ConvolutionalDenoiser":
         return ConvolutionalDenoiser(self, latent_dim, Condition(num_layers, condition_bits))
 
@@ -104,10 +111,10 @@ class ConvolutionalDenoiser(nn.Module):
         from diffusers import UNet1DModel
 
         factor = 2 ** len(cfg.multipliers)
-        if latent_dim % factor:
+        if latent_dim % factor or latent_dim < 3 * factor:  # resizing reflects two numbers at either end
             raise ValueError(
                 f"prior.denoiser.multipliers has {len(cfg.multipliers)} levels, which need latents of a multiple of "
-                f"{factor} numbers; this one has {latent_dim}: use fewer levels"
+                f"{factor} numbers, {3 * factor} at least; this one has {latent_dim}: use fewer levels"
             )
         self.condition, self.latent_dim = condition, latent_dim
         self.place = nn.Linear(TIME_DIM, latent_dim)
