@@ -58,16 +58,21 @@ def override(value: C, changes: Mapping[str, Any]) -> C:
     """
     tree = to_dict(value)
     flat = leaves(type(value), value)
-    for path in sorted(changes, key=lambda path: (not path.endswith(".kind"), path)):
+    switched: list[dict[str, Any]] = []  # these hold only what is set in `changes`; validation knows their fields
+    for path in sorted(changes, key=lambda path: (not path.endswith(".kind"), path.count("."), path)):
         *parents, name = path.split(".")
         node = tree
         for parent in parents:
-            node = node.get(parent) if isinstance(node, dict) else None
-        if not isinstance(node, dict):
-            raise ValueError(_unknown("field", path, flat))
+            if parent not in node and any(node is other for other in switched):
+                switched.append({})
+                node[parent] = switched[-1]
+            node = node.get(parent)
+            if not isinstance(node, dict):
+                raise ValueError(_unknown("field", path, flat))
         if name == "kind" and node.get("kind") != changes[path]:
             node.clear()
-        elif name not in node and "kind" not in node:
+            switched.append(node)
+        elif name not in node and "kind" not in node and not any(node is other for other in switched):
             raise ValueError(_unknown("field", path, flat))
         node[name] = changes[path]
     return _validate(type(value), tree)
@@ -146,14 +151,14 @@ def parse(argv: Sequence[str], presets: Mapping[str, Callable[[], C]], *, defaul
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a job's `main`: a user's mistake (ValueError) becomes one line on stderr and exit code 2."""
+    """Wrap a job's `main`: a user's mistake, or values not finite, becomes one line on stderr and exit code 2."""
 
     @functools.wraps(main)
     def run() -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         try:
             main()
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
 

@@ -8,29 +8,32 @@
 Needs neither Ray nor DeepSpeed nor webdataset.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFont
+from jaxtyping import Float, Int64
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from distributed_inr.config import from_json, override, to_json
+from distributed_inr.config import from_json, to_json
 from distributed_inr.data import pictures
 from distributed_inr.domains import AnyDomain, Signal
 from distributed_inr.domains.domain import seeds_for
-from distributed_inr.domains.image import to_pillow
 from distributed_inr.experiment import DEFAULT_OUTPUT, Experiment
 from distributed_inr.field import Field
 from distributed_inr.models import FieldAutoencoder, LatentPrior
+from distributed_inr.models.hierarchical_diffusion import HierarchicalDiffusionModel
 from distributed_inr.models.noising import Sampler
+from distributed_inr.randomness import sample_seed
+from distributed_inr.sheets import fit, in_rows, sheet
 
 MAX_RESOLUTION = 16_384
 """Pixels a side of the largest picture that the jobs write (3.2 GB in memory)."""
@@ -84,17 +87,60 @@ class FieldModel:
         sampler: Sampler | None = None,
     ) -> Float[Tensor, "count *latent_shape"]:
         """The latents of `sample`, drawn `sampling.batch_size` at a time."""
-        if self.prior is None:
-            raise ValueError(f"{self.folder}/prior/model.safetensors does not exist: {_UNFINISHED}")
         if count < 1:
             raise ValueError(f"count={count} must be at least 1")
-        sampling = self.experiment.sampling
-        steps = sampling.steps if steps is None else steps
-        seeds = seeds_for(seed, count, start).split(sampling.batch_size)
+        prior, settings = self._sampling(steps, sampler)
+        seeds = seeds_for(seed, count, start).split(self.experiment.sampling.batch_size)
+        return torch.cat([prior.sample(part.to(self.device), **settings) for part in seeds])
+
+    @torch.no_grad()
+    def sample_branches(
+        self,
+        latents: Float[Tensor, "count layers latent_dim"],
+        seeds: Int64[Tensor, " count"],
+        *,
+        fix_layers: int,
+        branches: int,
+        steps: int | None = None,
+        sampler: Sampler | None = None,
+    ) -> tuple[Float[Tensor, "count branches layers latent_dim"], Int64[Tensor, "count branches"]]:
+        """Hold the first layers of each latent and draw the others anew, several times (CHINR, section 3.3).
+
+        Returns the latents and the seed of each: branch j of a latent has `sample_seed(seed, j)`, and
+        `prior.sample(seed, prefix=latent[:, :fix_layers])` draws it again.
+
+        Args:
+            seeds: of the latents, which the branches' own are made from (`seeds_for` for those of `sample_latents`).
+        """
+        prior, settings = self._sampling(steps, sampler)
+        if not isinstance(prior, HierarchicalDiffusionModel):
+            raise ValueError(
+                f"fix_layers={fix_layers}: this run's prior, {self.experiment.prior.kind}, draws a latent as a whole; "
+                "give a run of hierarchical-diffusion (jobs/train_chinr.py)"
+            )
+        num_layers = prior.latent_shape[0]
+        if not 0 <= fix_layers <= num_layers:
+            raise ValueError(f"fix_layers={fix_layers} must lie in 0..{num_layers}, the layers of this run's network")
+        if branches < 1:
+            raise ValueError(f"branches={branches} must be at least 1")
+        own = torch.tensor([[sample_seed(int(seed), j) for j in range(branches)] for seed in seeds])
+        held = latents[:, :fix_layers].repeat_interleave(branches, dim=0)
+        size = self.experiment.sampling.batch_size
         parts = [
-            self.prior.sample(part.to(self.device), sampler=sampler or sampling.sampler, steps=steps) for part in seeds
+            prior.sample(part.to(self.device), prefix=prefix, **settings)
+            for part, prefix in zip(own.flatten().split(size), held.split(size), strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts).unflatten(0, own.shape), own
+
+    def _sampling(self, steps: int | None, sampler: Sampler | None) -> tuple[LatentPrior, dict[str, Any]]:
+        """The prior, and how to sample from it."""
+        if self.prior is None:
+            raise ValueError(f"{self.folder}/prior/model.safetensors does not exist: {_UNFINISHED}")
+        sampling = self.experiment.sampling
+        return self.prior, {
+            "steps": sampling.steps if steps is None else steps,
+            "sampler": sampler or sampling.sampler,
+        }
 
     @torch.no_grad()
     def encode(self, source: str | Path | Sequence[str | Path] | Signal) -> Field:
@@ -192,17 +238,30 @@ def sample_files(
     seed: int = 0,
     steps: int | None = None,
     sampler: Sampler | None = None,
+    fix_layers: int | None = None,
+    branches: int = 4,
 ) -> list[Path]:
     """Write `count` samples, each to a file of its own, and one sheet of them. Returns their paths, the sheet last.
 
     Args:
         out: None takes `samples` inside the run folder, or in the working directory where the run is read-only.
         resolution: pixels a side; None takes the domain's base resolution.
+        fix_layers: of each sample, hold the latents of so many first layers and draw the others anew, `branches` times:
+            a row of the sheet for each sample, itself first. A .json beside the sheet says each one's seed.
     """
     resolution = _check_resolution(model, resolution)
     latents = model.sample_latents(count, seed=seed, steps=steps, sampler=sampler)
+    seeds, columns = seeds_for(seed, count), None
+    if fix_layers is not None:
+        columns = 1 + branches
+        drawn, own = model.sample_branches(
+            latents, seeds, fix_layers=fix_layers, branches=branches, steps=steps, sampler=sampler
+        )
+        latents = torch.cat([latents[:, None], drawn], dim=1).flatten(0, 1)
+        seeds = torch.cat([seeds[:, None], own], dim=1).flatten()
     out = make_folder(out or default_folder(model.folder, "samples"))
-    stem, digits = f"seed{seed}-{resolution}px", max(3, len(str(count - 1)))
+    held = "" if fix_layers is None else f"-fix{fix_layers}"
+    stem, digits = f"seed{seed}{held}-{resolution}px", max(3, len(str(len(latents) - 1)))
     paths, shown = [], []
     for latent in latents:
         rendered = model.decode(latent[None]).render(resolution)[0].cpu()
@@ -210,8 +269,26 @@ def sample_files(
         model.domain.save(rendered, paths[-1])
         if len(shown) < _SHEET_PICTURES:
             shown.append(fit(rendered, min(_SHEET_CELL, max(resolution, 128))))
+    if columns is None:
+        paths.append(out / f"{stem}-sheet.png")
+        sheet(in_rows(shown)).save(paths[-1])
+        return paths
+    nodes = [
+        {
+            "file": path.name,
+            "seed": int(own),
+            "sample": i // columns,
+            "branch": i % columns - 1 if i % columns else None,
+        }
+        for i, (path, own) in enumerate(zip(paths, seeds, strict=True))
+    ]
+    paths.append(out / f"{stem}-seeds.json")
+    paths[-1].write_text(json.dumps({"fix_layers": fix_layers, "nodes": nodes}, indent=1) + "\n")
+    rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
+    titles = ["sample", *[f"branch {j}" for j in range(branches)]]
+    title = f"the first {fix_layers} of {model.autoencoder.latent_shape[0]} layers held along each row"
     paths.append(out / f"{stem}-sheet.png")
-    sheet(in_rows(shown)).save(paths[-1])
+    sheet(rows, column_titles=titles[: len(rows[0])], title=title).save(paths[-1])
     return paths
 
 
@@ -262,7 +339,8 @@ def export(run: str | Path, out: Path) -> None:
         if not all(t.isfinite().all() for t in weights.values()):
             raise ValueError(f"{model.folder}/{name}: weights beyond 65504 do not fit float16; share the run as it is")
         (make_folder(out / name) / "model.safetensors").write_bytes(serialise(weights))  # with the user's own mode
-    (out / "config.json").write_text(to_json(override(model.experiment, {"output": DEFAULT_OUTPUT})) + "\n")
+    experiment = replace(model.experiment, output=DEFAULT_OUTPUT, autoencoder=model.autoencoder.cfg)
+    (out / "config.json").write_text(to_json(experiment) + "\n")
     for path in [*model.folder.glob("*.png"), *model.folder.glob("report.md"), *model.folder.glob("evaluation.json")]:
         shutil.copyfile(path, out / path.name)
 
@@ -279,62 +357,6 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise ValueError(f"{folder} cannot be made: {error.strerror}; choose another folder with --out") from None
     return folder
-
-
-def fit(picture: Float[Tensor, "3 height width"], size: int) -> Image.Image:
-    """A picture in [0, 1] at a size to look at: reduced by Lanczos, enlarged by whole pixels where that is possible."""
-    image = to_pillow(picture)
-    return image.resize((size, size), Image.Resampling.LANCZOS if image.width > size else Image.Resampling.NEAREST)
-
-
-def in_rows(pictures: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:
-    """Pictures for a sheet that is about as wide as high, with at most 8 in a row."""
-    columns = min(8, max(1, round(len(pictures) ** 0.5)))
-    return [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
-
-
-def sheet(
-    rows: Sequence[Sequence[Image.Image]],
-    *,
-    labels: Sequence[Sequence[str]] | None = None,
-    row_titles: Sequence[str] | None = None,
-    column_titles: Sequence[str] | None = None,
-    title: str = "",
-) -> Image.Image:
-    """Pictures of one size in a grid on white, with a label under each and titles at the top and the left."""
-    cell = max((picture.width for row in rows for picture in row), default=1)
-    font = ImageFont.load_default(size=max(14, cell // 24))
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-
-    def extent(text: str) -> tuple[int, int]:
-        left, top, right, bottom = measure.multiline_textbbox((0, 0), text, font=font)
-        return round(right - left), round(bottom - min(top, 0))
-
-    gap = 6
-    left = gap + (max(extent(text)[0] for text in row_titles) + 2 * gap if row_titles else 0)
-    head = gap + (extent(title)[1] + 2 * gap if title else 0)
-    top = head + (max(extent(text)[1] for text in column_titles) + gap if column_titles else 0)
-    under = max((extent(text)[1] + gap for row in labels or () for text in row if text), default=0)
-    columns = max(len(row) for row in rows)
-    width = max(left + columns * (cell + gap), (extent(title)[0] + 2 * gap) if title else 0)
-    canvas = Image.new("RGB", (width, top + len(rows) * (cell + under + gap)), "white")
-    draw = ImageDraw.Draw(canvas)
-
-    if title:
-        draw.multiline_text((gap, gap), title, fill="black", font=font)
-    for column, text in enumerate(column_titles or ()):
-        draw.multiline_text((left + column * (cell + gap) + cell / 2, head), text, "black", font, "ma", align="center")
-    for index, row in enumerate(rows):
-        y = top + index * (cell + under + gap)
-        if row_titles:
-            draw.multiline_text((gap, y + cell / 2), row_titles[index], "black", font, "lm")
-        for column, picture in enumerate(row):
-            x = left + column * (cell + gap)
-            canvas.paste(picture, (x, y))
-            if labels:
-                place = (x + cell / 2, y + cell + 2)
-                draw.multiline_text(place, labels[index][column], "black", font, "ma", align="center")
-    return canvas
 
 
 _UNFINISHED = "the run has not come that far; run its training job to the end, or give another run folder"

@@ -1,6 +1,7 @@
 """Draw functions from a finished run and write them as pictures of any resolution.
 
 python jobs/sample.py runs/ddmi/furniture-image --count 16 --resolution 512 --seed 7
+python jobs/sample.py runs/chinr/furniture-image --count 4 --fix-layers 2 --branches 4
 """
 
 import argparse
@@ -22,6 +23,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="network evaluations a sample (default: the run's sampling.steps)")
     parser.add_argument("--sampler", choices=typing.get_args(Sampler), help="default: the run's sampling.sampler")
     parser.add_argument("--out", type=Path, help="folder (default: samples in RUN, or here where RUN is read-only)")
+    parser.add_argument("--fix-layers", type=int, help="hold so many first layers of each sample and redraw the rest")
+    parser.add_argument("--branches", type=int, default=4, help="with --fix-layers: how often (default: 4)")
     given = parser.parse_args()
     paths = sample_files(
         load(given.run),
@@ -31,6 +34,8 @@ def main() -> None:
         seed=given.seed,
         steps=given.steps,
         sampler=given.sampler,
+        fix_layers=given.fix_layers,
+        branches=given.branches,
     )
     print(*paths, sep="\n")
 

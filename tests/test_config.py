@@ -6,6 +6,9 @@ import pydantic
 import pytest
 
 from distributed_inr.config import config, differences, from_json, override, parse, to_json
+from distributed_inr.models import LatentDiffusion
+from distributed_inr.models.denoisers import MLP
+from distributed_inr.presets import chinr
 from distributed_inr.presets.ddmi import PRESETS
 
 
@@ -103,3 +106,13 @@ def test_configs_cannot_be_changed_in_place():
 def test_differences_name_the_paths_and_both_values():
     assert differences(Tree(name="a"), Tree(name="a", limit=2)) == {"limit": (None, 2)}
     assert differences(Tree(name="a"), Tree(name="a", model=Large()))["model.kind"] == ("small", "large")
+
+
+def test_kinds_inside_a_kind_can_be_chosen_together():
+    changes = {"prior.kind": "latent-diffusion", "prior.denoiser.kind": "mlp", "prior.denoiser.width": "48"}
+    changed = override(chinr.furniture_image(), changes)
+    assert isinstance(changed.prior, LatentDiffusion) and changed.prior.denoiser == MLP(width=48)
+    flags = [word for path, value in changes.items() for word in ("--" + path, value)]
+    assert parse(flags, chinr.PRESETS, default="furniture-image", description="") == changed
+    with pytest.raises(ValueError, match=r"^prior\.denoser is not a field"):
+        override(chinr.furniture_image(), {"prior.kind": "latent-diffusion", "prior.denoser.kind": "mlp"})

@@ -14,6 +14,7 @@ ORDER = (
     "training",
     "experiment",
     "presets",
+    "sheets",
     "generation",
     "evaluation",
     "console",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distributed_inr.evaluation.metrics import thumbnail_side
 from distributed_inr.experiment import Experiment
-from distributed_inr.generation import fit, in_rows, sheet
+from distributed_inr.sheets import fit, in_rows, sheet
 
 _CELL = 128
 

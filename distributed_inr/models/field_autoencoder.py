@@ -1,7 +1,7 @@
 """What a field autoencoder is: signals to latents, latents to fields."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from distributed_inr.field import Field
 class FieldAutoencoder(nn.Module, ABC):
     """Signals to latents and latents to fields; `forward` is the training objective."""
 
+    cfg: Any
+    """The config that builds it."""
     domain: Domain
     latent_shape: tuple[int, ...]
     """Shape of one latent: planes [channels, height, width], or vectors [layers, latent_dim]."""
