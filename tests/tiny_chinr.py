@@ -1,62 +1,48 @@
-"""Real runs of CHINR at tiny size, trained for a moment by the pipeline."""
+"""A real run of CHINR at tiny size: trained-shape models with random weights, saved as a job saves them."""
 
 from pathlib import Path
 
-from tiny_run import tiny_experiment, write_pictures
+import torch
+from safetensors.torch import save_file
+from tiny_run import tiny_experiment
 
-from distributed_inr import pipeline
-from distributed_inr.config import override
+from distributed_inr.config import override, to_json
 from distributed_inr.experiment import Experiment
-from distributed_inr.presets.chinr import furniture_image
+from distributed_inr.models import HierarchicalDiffusion, LayersOfExperts
+from distributed_inr.models.layer_denoisers import MLPUNet
 
-LAYERS, DIM, SIGNALS, HELD_OUT = 4, 6, 40, 5
 
-
-def tiny_chinr(folder: Path, *, name: str = "tiny", condition_bits: int = 2) -> Experiment:
-    return override(
-        furniture_image(),
-        {
-            "name": name,
-            "output": str(folder / "runs"),
-            "domain.size": 8,
-            "domain.source_size": 16,
-            "data.train": str(folder / "train"),
-            "data.val": str(folder / "val"),
-            "autoencoder.num_layers": LAYERS,
-            "autoencoder.num_experts": 4,
-            "autoencoder.width": 8,
-            "autoencoder.latent_dim": DIM,
-            "autoencoder.num_points": 32,
-            "autoencoder.fitting.num_points": 32,
-            "autoencoder_training.num_samples": 64,
-            "prior.denoiser.width": 8,
-            "prior.denoiser.num_blocks": 1,
-            "prior.condition_bits": condition_bits,
-            "prior_training.num_samples": 256,
-            "sampling.count": 2,
-            "sampling.steps": 3,
-            "evaluation.num_samples": 0,
-            "evaluation.max_reconstructions": 2,
-            "scale.launcher": "none",
-            "scale.engine": "accelerate",
-            "scale.num_threads": 1,
-        },
+def chinr_experiment(folder: Path) -> Experiment:
+    tiny = tiny_experiment(folder)
+    return Experiment(
+        name="tiny",
+        family="chinr",
+        output=tiny.output,
+        domain=override(tiny.domain, {"scales": (1.0,), "scale_weights": (1.0,), "flip": False}),
+        data=tiny.data,
+        autoencoder=LayersOfExperts(num_layers=4, num_experts=4, width=16, latent_dim=8, num_points=64),
+        prior=HierarchicalDiffusion(denoiser=MLPUNet(width=16, num_blocks=1), condition_bits=3),
+        autoencoder_training=tiny.autoencoder_training,
+        prior_training=tiny.prior_training,
+        sampling=tiny.sampling,
+        evaluation=tiny.evaluation,
     )
 
 
-def train_chinr(folder: Path, **options: object) -> Path:
-    """A run folder with everything that a training job leaves."""
-    return pipeline.run(tiny_chinr(folder, **options))["run"]  # type: ignore[arg-type]
-
-
-def train_ddmi(folder: Path) -> Path:
-    """The same of the tiny run of DDMI, on pictures of 32 pixels and their mirrored copies."""
-    changes = {"name": "planes", "scale.launcher": "none", "scale.engine": "accelerate", "scale.num_threads": 1}
-    changes |= {"data.train": str(folder / "large"), "data.val": None, "evaluation.num_samples": 0}
-    write_pictures(folder / "large", 6, seed=3)
-    return pipeline.run(override(tiny_experiment(folder), changes))["run"]
-
-
-def write_sets(folder: Path) -> None:
-    write_pictures(folder / "train", SIGNALS, seed=1, size=16)
-    write_pictures(folder / "val", HELD_OUT, seed=2, size=16)
+def write_chinr(folder: Path, **changes: object) -> Path:
+    """A run folder holding config.json and both models; `changes` are dotted paths with __ for the dots."""
+    experiment = override(chinr_experiment(folder), {name.replace("__", "."): value for name, value in changes.items()})
+    torch.manual_seed(0)
+    autoencoder = experiment.autoencoder.build(experiment.domain)
+    prior = experiment.prior.build(autoencoder.latent_shape)
+    for parameter in prior.parameters():  # the last layer starts at zero: let every weight matter
+        torch.nn.init.normal_(parameter, std=0.15)
+    shape = autoencoder.latent_shape
+    prior.normalise_from(torch.linspace(-1, 1, shape[1]).expand(shape), torch.linspace(0.5, 2, shape[1]).expand(shape))
+    run = experiment.folder
+    for name, module in (("autoencoder", autoencoder), ("prior", prior)):
+        (run / name).mkdir(parents=True)
+        weights = {key: value.contiguous() for key, value in module.state_dict().items()}
+        save_file(weights, run / name / "model.safetensors")
+    (run / "config.json").write_text(to_json(experiment))
+    return run
