@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from distributed_inr.data import storage
 from distributed_inr.data.reader import ShardDataset, stream
 from distributed_inr.data.shard_writer import ShardWriter, write_index
 from distributed_inr.data.shards import ShardIndex
@@ -47,12 +49,13 @@ def write_latents(worker: Worker, *, experiment: Experiment, stage: Stage, shard
     if dist.is_initialized():
         dist.barrier()
     domain, folder = experiment.domain, stage.folder
+    weights = experiment.folder / "autoencoder" / "model.safetensors"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = experiment.autoencoder.build(domain)
-    load_weights(module, experiment.folder / "autoencoder" / "model.safetensors")
+    load_weights(module, weights)
     module.to(device)
     dataset = experiment.dataset(experiment.data.index(experiment.data.train))
-    about = {"from": dataset.index.fingerprint, "copies": shards.copies}
+    about = {"from": dataset.index.fingerprint, "copies": shards.copies, "autoencoder": storage.sha256_of(weights)}
 
     blocks = range(worker.rank, shards.num_blocks, worker.world)
     batches = _Batches(dataset, shards, blocks, experiment.evaluation.batch_size)
@@ -122,6 +125,16 @@ def _psnr(module: FieldAutoencoder, signal: Signal, latent: Tensor) -> Float[Ten
     queries, values = module.domain.measurements(signal)
     error = module.domain.observe(module.decode(latent), queries) - values
     return 20 * math.log10(module.domain.value_span) - 10 * error.square().mean((1, 2)).log10()
+
+
+def refuse_foreign_latents(index: ShardIndex, folder: Path, weights: Path) -> None:
+    """Raise ValueError where a folder's latents were not written by the autoencoder of these weights."""
+    found, expected = index.protocol.get("autoencoder", "unknown"), storage.sha256_of(weights)
+    if found != expected:
+        raise ValueError(
+            f"{folder} holds latents of another autoencoder (sha256 {found[:12]}, {weights} has {expected[:12]}); bring "
+            f"back the ones that belong together, or delete {folder} to write it again"
+        )
 
 
 @dataclass(frozen=True)

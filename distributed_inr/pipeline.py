@@ -23,7 +23,7 @@ from distributed_inr.data.shards import ShardIndex
 from distributed_inr.evaluation import evaluate
 from distributed_inr.experiment import Experiment
 from distributed_inr.generation import read_experiment
-from distributed_inr.latents import LatentShards, write_latents
+from distributed_inr.latents import LatentShards, refuse_foreign_latents, write_latents
 from distributed_inr.launch import Worker, in_ray_job, launcher
 from distributed_inr.run_folder import Stage, check_space, locked, settle_checkpoints, settle_output, write_text
 from distributed_inr.training import checkpoint, ledger
@@ -95,7 +95,9 @@ def run(experiment: Experiment) -> dict[str, Path]:
             place.run(work, title="latents", folder=encode.folder)
             encode.finish(inputs)
 
-        inputs = {"latents": experiment.data.index(str(encode.folder)).fingerprint}
+        written = experiment.data.index(str(encode.folder))
+        refuse_foreign_latents(written, encode.folder, fit.folder / _MODEL)
+        inputs = {"latents": written.fingerprint}
         if not fit_prior.is_complete(inputs):
             fit_prior.begin(inputs)
             work = functools.partial(fit_latent_prior, experiment=experiment, stage=fit_prior, latents=encode.folder)
