@@ -17,6 +17,7 @@ ORDER = (
     "sheets",
     "generation",
     "evaluation",
+    "analysis",
     "console",
     "allocator",
     "worker",
