@@ -6,12 +6,12 @@
                                            "exp_avg/..." and "exp_avg_sq/..." (AdamW's), "ema/..." (running average);
                                            the first rank's also the buffers, whole: "buffer/<name>". In the header,
                                            "fragments": {parameter: [offset, length, shape]}
+      bank.safetensors                     rows, running means and step counts of a bank of latents, where there is one
       state.json                           samples and steps done, and what else the loop goes on with
       manifest.json                        size and sha256 of every file above; written last, it is the commit
 
 Each rank copies what it owns on a thread while the next step is computed, and writes the copy while training goes on
-(`Writer`); the first rank commits once all have written. Local folders and object stores alike. Nothing executable
-is stored or loaded.
+(`Writer`); the first rank commits once all have written. Folders and object stores alike; nothing in it is executable.
 """
 
 import contextlib
@@ -37,13 +37,12 @@ from torch import Tensor
 
 from distributed_inr.data import storage
 from distributed_inr.training.background import Background
-from distributed_inr.training.checkpoint_reader import Reader, read_json
+from distributed_inr.training.bank import Bank
+from distributed_inr.training.checkpoint_reader import BANK, FORMAT, Reader, read_json, read_state
 from distributed_inr.training.engine import Engine
 from distributed_inr.training.fragments import Fragment, gather_objects, is_first, rank_and_world
 
 logger = logging.getLogger(__name__)
-
-FORMAT = 2
 
 _ATTEMPTS = 3
 """Times that a rank tries to write its files of one checkpoint: a full disk, or an object store, may recover."""
@@ -65,7 +64,12 @@ Files = dict[str, str | Tensors]
 
 
 def collect(
-    engine: Engine, *, averages: Sequence[Fragment] = (), config_json: str = "{}", state: Mapping[str, Any]
+    engine: Engine,
+    *,
+    averages: Sequence[Fragment] = (),
+    bank: Bank | None = None,
+    config_json: str = "{}",
+    state: Mapping[str, Any],
 ) -> Files:
     """This rank's files; their tensors are training's own. No rank waits for another.
 
@@ -88,6 +92,8 @@ def collect(
     if is_first():
         files["config.json"] = config_json
         files["state.json"] = json.dumps({"format": FORMAT, "steps": engine.steps, **state}, indent=1)
+        if bank is not None:
+            files[BANK] = Tensors(bank.tensors, {"format": str(FORMAT)})
     return files
 
 
@@ -138,16 +144,17 @@ class Writer:
     Args:
         folder: where the checkpoints lie: a path, or an object store's address.
         keep: how many of the newest to keep, besides the best.
+        copies: where to copy the tensors of these names; the others go to new memory.
     """
 
-    def __init__(self, folder: str, *, keep: int) -> None:
+    def __init__(self, folder: str, *, keep: int, copies: Mapping[str, Tensor] | None = None) -> None:
         self.folder, self.keep = folder, keep
         self._thread = Background("checkpoint")
         self._writing: Future[dict[str, dict[str, Any]] | str] | None = None
         self._copying: Future[None] | None = None
         self._reported: Future[None] | None = None
         self._path, self._num_failed = "", 0
-        self._copies: dict[str, Tensor] = {}  # used again: new memory would take longer than the copying
+        self._copies = dict(copies or {})  # used again: new memory would take longer than the copying
         self._leftovers = set(gather_objects(_names(folder) if is_first() else [])[0])
 
     @property
@@ -161,7 +168,13 @@ class Writer:
         return self._writing is not None and self._writing.done()
 
     def begin(
-        self, engine: Engine, *, averages: Sequence[Fragment], config_json: str, state: Mapping[str, Any]
+        self,
+        engine: Engine,
+        *,
+        averages: Sequence[Fragment],
+        bank: Bank | None = None,
+        config_json: str,
+        state: Mapping[str, Any],
     ) -> None:
         """Start to copy this rank's state, and then to write it as the checkpoint of state["samples"].
 
@@ -175,7 +188,7 @@ class Writer:
                 self._thread.submit(_remove, self._path).result()
             if dist.is_initialized():
                 dist.barrier()
-        files = collect(engine, averages=averages, config_json=config_json, state=state)
+        files = collect(engine, averages=averages, bank=bank, config_json=config_json, state=state)
         self._copying = self._thread.submit(self._copy, files)
         self._writing = self._thread.submit(_write_patiently, self._path, files)
 
@@ -286,27 +299,16 @@ def read_config(folder: str) -> str | None:
     return None
 
 
-def read_state(path: str) -> dict[str, Any]:
-    """A checkpoint's state.json. Raises ValueError if another version wrote it."""
-    try:
-        state = read_json(path, "state.json")
-    except ValueError as error:
-        raise ValueError(f"{path}/state.json cannot be read: {error}; use an older checkpoint") from None
-    if state.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has format {state.get('format')}, this version reads {FORMAT}; use the version that wrote it"
-        )
-    return state
-
-
-def load(path: str, engine: Engine, *, averages: Sequence[Fragment]) -> dict[str, Any]:
-    """Set the weights, optimizer state and running averages from a valid checkpoint; returns its state.json."""
+def load(path: str, engine: Engine, *, averages: Sequence[Fragment], bank: Bank | None = None) -> dict[str, Any]:
+    """Set weights, optimizer state, running averages and bank from a valid checkpoint; returns its state.json."""
     state = read_state(path)
     with Reader.open(path) as reader:
         reader.check({f.name: f.shape for f in engine.state()}, averages=bool(averages))
         engine.load(reader.read, steps=state["steps"])
         for f in averages:
             f.weight.copy_(reader.read("ema", f.name, f.offset, f.offset + f.weight.numel()))
+        if bank is not None:
+            bank.load(reader)
     return state
 
 

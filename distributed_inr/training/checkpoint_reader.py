@@ -3,7 +3,7 @@
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,11 @@ from torch import Tensor
 
 from distributed_inr.data import storage
 
+FORMAT = 2
+
+BANK = "bank.safetensors"
+"""The file of a bank of latents, in a checkpoint and beside the final model."""
+
 
 class Reader:
     """An open checkpoint.
@@ -20,9 +25,11 @@ class Reader:
     Attributes:
         shapes: of the parameters, by name.
         buffers: the open file of each buffer, by name.
+        bank: the open file of a bank of latents, where there is one.
     """
 
-    def __init__(self, path: str, files: Sequence[Any]):
+    def __init__(self, path: str, by_name: Mapping[str, Any]):
+        self.bank, files = by_name.get(BANK), [file for name, file in by_name.items() if name != BANK]
         self.path, self.fragments = path, dict[str, list[tuple[int, int, Any]]]()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.buffers: dict[str, Any] = {}
@@ -46,7 +53,7 @@ class Reader:
                     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                     for name in names:
                         storage.download(storage.join(path, name), folder / name)
-                reader = cls(path, [stack.enter_context(safe_open(folder / name, "pt")) for name in sorted(names)])
+                reader = cls(path, {n: stack.enter_context(safe_open(folder / n, "pt")) for n in sorted(names)})
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"checkpoint {path} cannot be read: {error!r}; use an older one") from None
             yield reader
@@ -85,6 +92,19 @@ class Reader:
         if position != stop:
             raise ValueError(f"{self.path} lacks {kind} of {name} from element {position}; use an older checkpoint")
         return torch.cat(parts) if parts else torch.empty(0)
+
+
+def read_state(path: str) -> dict[str, Any]:
+    """A checkpoint's state.json. Raises ValueError if another version wrote it."""
+    try:
+        state = read_json(path, "state.json")
+    except ValueError as error:
+        raise ValueError(f"{path}/state.json cannot be read: {error}; use an older checkpoint") from None
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {state.get('format')}, this version reads {FORMAT}; use the version that wrote it"
+        )
+    return state
 
 
 def read_json(path: str, name: str) -> Any:

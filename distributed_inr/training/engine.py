@@ -121,7 +121,7 @@ class Engine(Protocol):
         the gradients are dropped, and training may go on with the next step.
 
         Args:
-            before_update: called just before the weights change.
+            before_update: called just before the weights change; it may raise FloatingPointError too, on every rank.
         """
         ...
 
@@ -213,6 +213,7 @@ class DeepSpeedEngine:
             gradients = self._gradients()
             try:
                 metrics = agree(pending, squared_norm(gradients, shared=self._stage == 0), self.steps)
+                before_update()
             except FloatingPointError:
                 self._adamw.found_inf = torch.ones((), device=self.device)  # makes AdamW pass its step over
                 self._engine.step()
@@ -223,7 +224,6 @@ class DeepSpeedEngine:
             self.steps += 1
             for group in self._adamw.param_groups:
                 group["lr"] = lr
-            before_update()
         self._engine.step()
         assert metrics is None or self._engine.was_step_applied()
         return metrics
@@ -324,6 +324,7 @@ class AccelerateEngine:
         pending, self._pending = self._pending, []
         try:
             metrics = agree(pending, squared_norm(gradients, shared=True), self.steps)
+            before_update()
         except FloatingPointError:
             self._adamw.zero_grad()
             raise
@@ -331,7 +332,6 @@ class AccelerateEngine:
         self.steps += 1
         for group in self._adamw.param_groups:
             group["lr"] = lr
-        before_update()
         self._adamw.step()
         self._adamw.zero_grad()
         return metrics

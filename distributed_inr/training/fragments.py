@@ -97,6 +97,15 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def join_ranks(values: Tensor) -> Tensor:
+    """Every rank's values, of the same shape on each, one after the other by rank."""
+    if not dist.is_initialized():
+        return values
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
 def is_first() -> bool:
     """Whether this process writes the run's files."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -23,6 +23,8 @@ from distributed_inr.data.reader import ShardDataset, evaluation_stream, trainin
 from distributed_inr.domains.domain import Signal
 from distributed_inr.training import checkpoint
 from distributed_inr.training.agreement import Agreement
+from distributed_inr.training.bank import Bank
+from distributed_inr.training.checkpoint_reader import BANK
 from distributed_inr.training.engine import Engine, Optim, Scale, build_engine
 from distributed_inr.training.fragments import Fragment, average, is_first, rank_and_world, sum_over_ranks
 from distributed_inr.training.ledger import Ledger
@@ -89,6 +91,7 @@ def train(
     folder: Path,
     config_json: str,
     checkpoints: str | None = None,
+    bank: Bank | None = None,
     val_dataset: ShardDataset | None = None,
     num_loaders: int = 0,
     accept_changed: bool = False,
@@ -99,12 +102,14 @@ def train(
 ) -> bool:
     """Train `module`, resuming from the newest checkpoint; every rank calls it with the same arguments.
 
-    Writes metrics.jsonl, tensorboard/, checkpoints/ and at the end model.safetensors: the average, if one is kept.
+    Writes metrics.jsonl, tensorboard/, checkpoints/ and at the end model.safetensors: the average, if one is kept; and
+    bank.safetensors, the rows of the bank.
 
     Args:
         seed: of the run; a resumed run must have the same.
         config_json: the whole experiment, kept with each checkpoint.
         checkpoints: folder or object store's address for them; none: in `folder`.
+        bank: latents of the training set, trained along with a module that takes `Signal.latent`.
         num_loaders: loader processes of each worker; 0 reads in the worker itself.
         accept_changed: go on from a checkpoint of other data.
         report: called on every rank after each checkpoint, on a thread of its own, with the newest metrics and
@@ -140,17 +145,25 @@ def train(
     averages = [dataclasses.replace(f, weight=f.weight.clone(), moments={}) for f in fragments] if half_life else []
 
     # --- resume: exactly at the sample
-    writer = checkpoint.Writer(checkpoints or str(folder / "checkpoints"), keep=training.keep_checkpoints)
+    writer = checkpoint.Writer(
+        checkpoints or str(folder / "checkpoints"), keep=training.keep_checkpoints, copies=bank.copies if bank else None
+    )
     path, run = checkpoint.newest(writer.folder), RunState(seed=seed, data=dataset.index.fingerprint)
     if path is not None:
-        run = RunState.of(checkpoint.load(path, engine, averages=averages))
+        run = RunState.of(checkpoint.read_state(path))
         if run.seed != seed:
             raise ValueError(f"{path} has seed={run.seed}, this run seed={seed}; use that seed or another output")
+        if run.data != dataset.index.fingerprint and bank is not None:
+            raise ValueError(
+                f"{path} comes from other data, and its bank has latents of those alone; restore them, or choose "
+                "another --name"
+            )
         if run.data != dataset.index.fingerprint and not accept_changed:
             raise ValueError(
                 f"{path} comes from other data; restore them, choose another --name, or go on with these: "
                 "--data.accept-changed true"
             )
+        checkpoint.load(path, engine, averages=averages, bank=bank)
         run.data = dataset.index.fingerprint
     logs = _open_logs(folder, run) if is_first() else None
     ledger = Ledger(folder / "ledger", samples=run.samples) if training.ledger else None
@@ -182,7 +195,7 @@ def train(
         if path is not None and _samples(path) == run.samples:
             return
         run.seconds = time.monotonic() - begin
-        writer.begin(engine, averages=averages, config_json=config_json, state=dataclasses.asdict(run))
+        writer.begin(engine, averages=averages, bank=bank, config_json=config_json, state=dataclasses.asdict(run))
 
     def commit_checkpoint(*, needed: bool = False) -> None:
         nonlocal path
@@ -199,8 +212,14 @@ def train(
             agreement.saving = False
             begin_checkpoint()
 
+    def before_update() -> None:
+        """The gradients of the step are finite on all ranks; now its latents take theirs, and then the weights."""
+        writer.wait_for_copy()
+        if bank is not None:
+            bank.update(seen, factor=run.lr / training.optim.lr)
+
     # --- loop: one pass is one step, and what follows the `continue` is done after some of them
-    record, loss = dict[str, Any](), math.nan
+    record, loss, seen = dict[str, Any](), math.nan, list[Signal]()
     begin, clock, clocked, shown = time.monotonic() - run.seconds, time.monotonic(), run.samples, 0.0
     while run.samples < training.num_samples or run.is_unevaluated:
         if not run.is_unevaluated:
@@ -208,15 +227,16 @@ def train(
             run.lr = training.optim.learning_rate(run.samples, batch_size=batch_size, num_samples=training.num_samples)
             while metrics is None and (batch := next(batches, None)) is not None:
                 attend()
+                batch = batch if bank is None else bank.attach(batch, engine.device)
                 seen.append(batch)
                 try:
                     losses = engine.forward(batch.to(engine.device))
-                    metrics = engine.step(losses, keys=batch.key, lr=run.lr, before_update=writer.wait_for_copy)
+                    metrics = engine.step(losses, keys=batch.key, lr=run.lr, before_update=before_update)
                 except FloatingPointError as error:
                     run.num_nonfinite += 1
                     if writer.is_busy:
                         commit_checkpoint()  # the newest is what a rollback goes back to
-                    outcome, metrics = _recover(error, training, run, path, engine, averages), {}
+                    outcome, metrics = _recover(error, training, run, path, engine, averages, bank), {}
             if metrics is None:
                 break  # some rank is asked to stop
             run.samples, run.score = run.samples + batch_size, None
@@ -264,9 +284,9 @@ def train(
     complete = run.samples >= training.num_samples and not run.is_unevaluated
     if complete and is_first():
         assert path is not None
-        partial = folder / "model.safetensors.partial"
-        save_file(checkpoint.weights(path, average=half_life > 0), partial, {"format": "pt"})
-        partial.replace(folder / "model.safetensors")
+        _save(checkpoint.weights(path, average=half_life > 0), folder / "model.safetensors")
+        if bank is not None:
+            _save({"rows": bank.rows}, folder / BANK)
     writer.close()
     for log in (logs, ledger):
         if log is not None:
@@ -274,6 +294,12 @@ def train(
     if dist.is_initialized():
         dist.barrier()
     return complete
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    partial = path.with_suffix(".safetensors.partial")
+    save_file(tensors, partial, {"format": "pt"})
+    partial.replace(path)
 
 
 def _samples(path: str) -> int:
@@ -288,6 +314,7 @@ def _recover(
     path: str | None,
     engine: Engine,
     averages: Sequence[Fragment],
+    bank: Bank | None,
 ) -> str:
     """Do what is to follow a step that is not finite; returns its outcome for the ledger."""
     if training.on_nonfinite == "stop":
@@ -298,7 +325,7 @@ def _recover(
     if training.on_nonfinite == "rollback":
         if path is None:
             raise FloatingPointError(f"{error}; there is no checkpoint to roll back to") from error
-        checkpoint.load(path, engine, averages=averages)
+        checkpoint.load(path, engine, averages=averages, bank=bank)
         outcome = f"rolled back to {_samples(path)}"
     else:
         outcome = "skipped"
