@@ -8,6 +8,8 @@ from torch import Tensor
 
 from distributed_inr.evaluation.metrics import thumbnail_side
 from distributed_inr.experiment import Experiment
+from distributed_inr.models import LayersOfExperts
+from distributed_inr.models.latent_fitting import MetaLearning
 from distributed_inr.sheets import fit, in_rows, sheet
 
 _CELL = 128
@@ -71,8 +73,8 @@ def markdown(experiment: Experiment, result: dict[str, Any], pictures: list[str]
             "## Held-out pictures as functions",
             "",
             f"{val['pictures']} pictures that training never saw, encoded at {size} x {size} pixels into "
-            f"{val['latent_numbers']} numbers each (posterior mean) and read out again. PSNR is a mean over pictures; "
-            "higher is closer.",
+            f"{val['latent_numbers']} numbers each ({_found(experiment)}) and read out again. PSNR is a mean over "
+            "pictures; higher is closer.",
             "",
             "| | |",
             "|---|---:|",
@@ -113,6 +115,16 @@ def markdown(experiment: Experiment, result: dict[str, Any], pictures: list[str]
         lines += ["## Left out", "", *(f"- {name}: {reason}" for name, reason in result["left_out"].items()), ""]
     lines += [f"Measured in {result['seconds']:.0f} s. All figures: evaluation.json.", ""]
     return "\n".join(lines)
+
+
+def _found(experiment: Experiment) -> str:
+    """How latents are found."""
+    autoencoder = experiment.autoencoder
+    if not isinstance(autoencoder, LayersOfExperts):
+        return "posterior mean"
+    fitting = autoencoder.fitting
+    steps = fitting.steps if isinstance(fitting, MetaLearning) else fitting.encode_steps
+    return f"fitted by {steps} gradient steps"
 
 
 def _kid(samples: dict[str, Any]) -> list[str]:
