@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
+import torch
 
 from distributed_inr.config import config
 from distributed_inr.data import storage
 from distributed_inr.data.reader import Data, ShardDataset
 from distributed_inr.data.shards import ShardIndex
-from distributed_inr.domains import AnyDomain
+from distributed_inr.domains import AnyDomain, Signal
 from distributed_inr.models import AnyAutoencoder, AnyPrior, LayersOfExperts
-from distributed_inr.models.latent_fitting import MetaLearning
+from distributed_inr.models.latent_fitting import AutoDecoding, MetaLearning
 from distributed_inr.models.noising import Sampler
 from distributed_inr.training.engine import Scale
 from distributed_inr.training.loop import Training
@@ -92,6 +93,8 @@ class Experiment:
             )
         if isinstance(self.autoencoder, LayersOfExperts):
             self._check_fitting(self.autoencoder)
+        if self.bank is not None:
+            self._check_bank()
 
     def _check_fitting(self, autoencoder: LayersOfExperts) -> None:
         if self.scale.engine == "deepspeed" and self.scale.zero_stage == 3:
@@ -105,9 +108,36 @@ class Experiment:
                 "error into second derivatives; use auto, which keeps them in float32"
             )
 
+    def _check_bank(self) -> None:
+        nobody = torch.zeros(0, dtype=torch.int64)
+        nothing = Signal(key=[], seed=nobody, position=nobody, inputs=torch.zeros(0, 1, 1, 1), text=[])
+        num_copies = len(self.domain.copies(nothing))
+        if num_copies > 1:
+            raise ValueError(
+                f"domain.kind={self.domain.kind} trains on {num_copies} copies of each signal, and "
+                "autoencoder.fitting.kind=auto-decoding keeps one latent for each; leave the copies out (such as by "
+                "domain.flip false), or use meta-learning"
+            )
+        if half_life := self.autoencoder_training.ema_half_life_samples:
+            raise ValueError(
+                f"autoencoder_training.ema_half_life_samples={half_life} averages weights over time, and the latents "
+                "of autoencoder.fitting.kind=auto-decoding fit the last ones; set it to 0"
+            )
+        if self.data.accept_changed:
+            raise ValueError(
+                "data.accept_changed=True does not work with autoencoder.fitting.kind=auto-decoding, whose latents "
+                "belong to the samples of the data it began with; restore them, or choose another --name"
+            )
+
     def settle(self, num_signals: int) -> "Experiment":
         """With what depends on the number of training signals set, if it was left open."""
         return replace(self, prior=self.prior.settle(num_signals))
+
+    @property
+    def bank(self) -> AutoDecoding | None:
+        """How a bank with a latent for each training signal is trained, where there is one."""
+        fitting = self.autoencoder.fitting if isinstance(self.autoencoder, LayersOfExperts) else None
+        return fitting if isinstance(fitting, AutoDecoding) else None
 
     @property
     def folder(self) -> Path:

@@ -3,7 +3,8 @@
     latents/  000000-000000.tar ...  index.json  statistics.json
 
 A record holds the caption and float16 [2, *latent_shape], mean and deviation; or, where latents are points, float32
-[1, *latent_shape], and the PSNR of the fit in its .json. Priors never load the autoencoder.
+[1, *latent_shape], and the PSNR of the fit in its .json. Where a bank of latents was trained, they are its rows. Priors
+never load the autoencoder.
 """
 
 import dataclasses
@@ -32,6 +33,8 @@ from distributed_inr.launch import Worker
 from distributed_inr.models import FieldAutoencoder
 from distributed_inr.models.latent_prior import statistics_shape
 from distributed_inr.run_folder import Stage, write_text
+from distributed_inr.training.bank import read_rows
+from distributed_inr.training.checkpoint_reader import BANK
 from distributed_inr.training.fragments import is_first, sum_over_ranks
 
 _SHARD_BYTES = 64 * 2**20
@@ -54,6 +57,7 @@ def write_latents(worker: Worker, *, experiment: Experiment, stage: Stage, shard
     module = experiment.autoencoder.build(domain)
     load_weights(module, weights)
     module.to(device)
+    rows = None if experiment.bank is None else read_rows(weights.with_name(BANK))
     dataset = experiment.dataset(experiment.data.index(experiment.data.train))
     about = {"from": dataset.index.fingerprint, "copies": shards.copies, "autoencoder": storage.sha256_of(weights)}
 
@@ -71,7 +75,11 @@ def write_latents(worker: Worker, *, experiment: Experiment, stage: Stage, shard
         assert writer is not None and batch.mask is not None
         good = batch.rows(batch.mask.nonzero().flatten().tolist())
         for copy, signal in enumerate(domain.copies(good.to(device)) if len(good) else ()):
-            mean, deviation = module.posterior(signal)
+            if rows is None:
+                mean, deviation = module.posterior(signal)
+            else:
+                assert good.number is not None
+                mean, deviation = rows[good.number].to(device), None
             found = mean[:, None] if deviation is None else torch.stack([mean, deviation], dim=1).half()
             sums += _sums(found)
             records = _records(signal, copy, found)
@@ -132,8 +140,8 @@ def refuse_foreign_latents(index: ShardIndex, folder: Path, weights: Path) -> No
     found, expected = index.protocol.get("autoencoder", "unknown"), storage.sha256_of(weights)
     if found != expected:
         raise ValueError(
-            f"{folder} holds latents of another autoencoder (sha256 {found[:12]}, {weights} has {expected[:12]}); bring "
-            f"back the ones that belong together, or delete {folder} to write it again"
+            f"{folder} holds latents of another autoencoder (sha256 {found[:12]}, {weights} has {expected[:12]}); "
+            f"bring back the ones that belong together, or delete {folder} to write it again"
         )
 
 

@@ -27,6 +27,8 @@ from distributed_inr.latents import LatentShards, refuse_foreign_latents, write_
 from distributed_inr.launch import Worker, in_ray_job, launcher
 from distributed_inr.run_folder import Stage, check_space, locked, settle_checkpoints, settle_output, write_text
 from distributed_inr.training import checkpoint, ledger
+from distributed_inr.training.bank import MAPPED_ABOVE, Bank, num_bytes
+from distributed_inr.training.checkpoint_reader import BANK
 from distributed_inr.training.ledger import Account
 from distributed_inr.training.loop import Training, train
 
@@ -74,7 +76,8 @@ def run(experiment: Experiment) -> dict[str, Path]:
         check_space(
             folder,
             {
-                fit.folder: _training_bytes(autoencoder, experiment.autoencoder_training, elsewhere=elsewhere),
+                fit.folder: _training_bytes(autoencoder, experiment.autoencoder_training, elsewhere=elsewhere)
+                + _bank_bytes(experiment, latents, place.num_workers),
                 encode.folder: latents.num_bytes,
                 fit_prior.folder: _training_bytes(prior, experiment.prior_training, elsewhere=elsewhere),
             },
@@ -89,6 +92,8 @@ def run(experiment: Experiment) -> dict[str, Path]:
             fit.finish(inputs)
 
         inputs = {"autoencoder": storage.sha256_of(fit.folder / _MODEL), "train": train_index.fingerprint}
+        if experiment.bank is not None:
+            inputs["bank"] = storage.sha256_of(fit.folder / BANK)
         if not encode.is_complete(inputs):
             encode.begin(inputs)
             work = functools.partial(write_latents, experiment=experiment, stage=encode, shards=latents)
@@ -195,6 +200,10 @@ def fit_autoencoder(worker: Worker, *, experiment: Experiment, stage: Stage) -> 
     torch.manual_seed(experiment.seed)  # the same initial weights on every rank
     module = experiment.autoencoder.build(experiment.domain)
     train_index, val_index = _indexes(experiment)
+    bank = None
+    if experiment.bank is not None:
+        shape = (train_index.num_samples, module.latent_shape)
+        bank = Bank(*shape, fitting=experiment.bank, seed=experiment.seed, folder=stage.folder)
     _train(
         module,
         experiment.dataset(train_index),
@@ -202,6 +211,7 @@ def fit_autoencoder(worker: Worker, *, experiment: Experiment, stage: Stage) -> 
         experiment=experiment,
         training=experiment.autoencoder_training,
         folder=stage.folder,
+        bank=bank,
         val_dataset=None if val_index is None else experiment.dataset(val_index),
     )
 
@@ -236,6 +246,7 @@ def _train(
     experiment: Experiment,
     training: Training,
     folder: Path,
+    bank: Bank | None = None,
     val_dataset: ShardDataset | None = None,
 ) -> None:
     train(
@@ -247,6 +258,7 @@ def _train(
         folder=folder,
         config_json=to_json(experiment),
         checkpoints=experiment.checkpoints_of(folder.name),
+        bank=bank,
         val_dataset=val_dataset,
         num_loaders=experiment.data.num_loaders,
         accept_changed=experiment.data.accept_changed,
@@ -279,6 +291,16 @@ def _training_bytes(module: nn.Module, training: Training, *, elsewhere: bool) -
     weights = 4 * sum(tensor.numel() for tensor in module.state_dict().values())
     copies = 0 if elsewhere else 3 + (training.ema_half_life_samples > 0)
     return weights * (copies * (training.keep_checkpoints + 2) + 1)  # the best, and the one being written
+
+
+def _bank_bytes(experiment: Experiment, latents: LatentShards, num_workers: int) -> int:
+    """What a bank's final rows, its copies in checkpoints and, where it is mapped, those of the workers take."""
+    if experiment.bank is None:
+        return 0
+    size = num_bytes(latents.num_samples, latents.shape)
+    kept = 0 if experiment.checkpoints is not None else experiment.autoencoder_training.keep_checkpoints + 2
+    mapped = num_workers + 1 if size > MAPPED_ABOVE else 0  # the first one copies it for checkpoints
+    return size // 3 + size * (kept + mapped)
 
 
 def _lasting(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from tiny_run import write_pictures
 from torch import Tensor, nn
 
-from distributed_inr.config import override
 from distributed_inr.data.reader import Data, ShardDataset
 from distributed_inr.domains import Image, Signal
 from distributed_inr.domains.domain import collate
@@ -355,63 +354,3 @@ def test_a_bank_that_a_checkpoint_does_not_hold_is_refused(finished: Path, tmp_p
         pytest.raises(ValueError, match="holds no bank of latents; choose another --name or --output"),
     ):
         make_bank(tmp_path).load(reader)
-
-
-# --- values that are not finite
-
-BAD = 33  # the second sample of the fifth step, which only the second of two ranks sees
-
-
-class Spoiled(nn.Module):
-    """At one position, a loss of NaN; or a gradient of NaN for the latents, and for nothing else."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__()
-        self.inner, self.what = make_module(), what
-
-    def forward(self, batch: Signal) -> dict[str, Tensor]:
-        (loss,) = self.inner(batch).values()
-        assert batch.latent is not None
-        if BAD in batch.position.tolist() and self.what == "loss":
-            loss = loss * torch.nan
-        if BAD in batch.position.tolist() and self.what == "latent":
-            row = batch.latent[batch.position.tolist().index(BAD)]
-            loss = loss + (row - row.detach()).abs().sqrt().sum()
-        return {"reconstruction": loss}
-
-
-def spoil(data: Path, folder: Path) -> dict[str, str]:
-    """Train five steps, of which the last is spoiled, from a checkpoint after three; what went wrong."""
-    found = {}
-    for engine in ("deepspeed-1", "accelerate"):
-        for what in ("loss", "latent"):
-            for policy in ("stop", "skip", "rollback"):
-                name, error = f"{engine}-{what}-{policy}", ""
-                values = {"num_samples": 5 * BATCH, "on_nonfinite": policy}
-                if policy == "rollback":
-                    values["checkpoint_every_samples"] = 3 * BATCH
-                training = override(TRAINING, values)
-                try:
-                    call_train(data, folder / name, ENGINES[engine], training, module=Spoiled(what))
-                except FloatingPointError as problem:
-                    error = str(problem)
-                found[name] = error
-    return found
-
-
-@pytest.mark.slow
-def test_a_step_that_is_not_finite_touches_neither_rows_nor_weights_on_any_rank(data: Path, tmp_path: Path):
-    errors, other = run_processes(spoil, 2, data, tmp_path)
-    assert errors == other
-    key = open_set(data)[BAD].key
-    for name, error in errors.items():
-        _, _, what, policy = name.rsplit("-", 3) if name.startswith("deep") else ("", *name.split("-"))
-        if policy == "stop":
-            message = "a step was not applied: the gradient of latents is not finite, of" if what == "latent" else "nan"
-            assert message in error and key in error, name
-            assert not checkpoint_of(tmp_path / name, 5).exists()
-        else:
-            assert error == ""
-            before = 3 if policy == "rollback" else 4
-            expect_equal(kept(tmp_path / name, 5), kept(tmp_path / name, before))
-            assert kept(tmp_path / name, 5)["steps"].sum() > 0
