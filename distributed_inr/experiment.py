@@ -13,7 +13,7 @@ from distributed_inr.data.reader import Data, ShardDataset
 from distributed_inr.data.shards import ShardIndex
 from distributed_inr.domains import AnyDomain, Signal
 from distributed_inr.models import AnyAutoencoder, AnyPrior, LayersOfExperts
-from distributed_inr.models.latent_fitting import AutoDecoding, MetaLearning
+from distributed_inr.models.latent_fitting import AutoDecoding
 from distributed_inr.models.noising import Sampler
 from distributed_inr.training.engine import Scale
 from distributed_inr.training.loop import Training
@@ -92,20 +92,25 @@ class Experiment:
                 f"jobs/train_{family}.py, whose presets have it"
             )
         if isinstance(self.autoencoder, LayersOfExperts):
-            self._check_fitting(self.autoencoder)
+            self._check_scale()
         if self.bank is not None:
             self._check_bank()
 
-    def _check_fitting(self, autoencoder: LayersOfExperts) -> None:
+    def _check_scale(self) -> None:
         if self.scale.engine == "deepspeed" and self.scale.zero_stage == 3:
             raise ValueError(
                 "scale.zero_stage=3 does not work with autoencoder.kind=layers-of-experts, which takes gradients "
                 "inside its forward pass: they fail where weights are divided among the workers; use scale.zero_stage 2"
             )
-        if isinstance(autoencoder.fitting, MetaLearning) and self.scale.precision == "bfloat16":
+        if self.scale.precision == "bfloat16":
             raise ValueError(
-                "scale.precision=bfloat16 does not work with autoencoder.fitting.kind=meta-learning: it puts 21 % "
-                "error into second derivatives; use auto, which keeps them in float32"
+                "scale.precision=bfloat16 does not work with autoencoder.kind=layers-of-experts: it puts 21 % error "
+                "into second derivatives, and its sines need more digits; use auto, which keeps to float32"
+            )
+        if self.scale.activation_checkpointing:
+            raise ValueError(
+                "scale.activation_checkpointing=True does not work with autoencoder.kind=layers-of-experts: torch.func "
+                "cannot recompute; bound the memory with autoencoder.fitting.chunk"
             )
 
     def _check_bank(self) -> None:

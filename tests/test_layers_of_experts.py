@@ -311,7 +311,12 @@ def test_a_fit_that_is_not_finite_is_reported_with_its_signals_key(caplog):
         (
             chinr,
             {"scale.precision": "bfloat16"},
-            "scale.precision=bfloat16 does not work with autoencoder.fitting.kind",
+            "scale.precision=bfloat16 does not work with autoencoder.kind=layers-of-experts",
+        ),
+        (
+            chinr,
+            {"scale.activation_checkpointing": True},
+            "scale.activation_checkpointing=True does not work with autoencoder.kind=layers-of-experts",
         ),
         (chinr, {"family": "ddmi"}, "family=ddmi does not train autoencoder.kind=layers-of-experts; use jobs/train_ch"),
         (ddmi, {"family": "chinr"}, "family=chinr does not train autoencoder.kind=d2c-vae; use jobs/train_ddmi.py"),
@@ -325,8 +330,7 @@ def test_what_cannot_work_is_refused_in_one_line(preset, changes, words):
 
 def test_what_can_work_is_not_refused():
     override(chinr.furniture_image(), {"scale.engine": "accelerate", "scale.zero_stage": 3})
-    changes = {"scale.precision": "bfloat16", "autoencoder.fitting.kind": "auto-decoding"}
-    override(chinr.furniture_image(), changes)
+    override(chinr.furniture_image(), {"scale.precision": "auto", "scale.compile": True})
 
 
 @pytest.mark.parametrize("modulation", MODULATIONS)

@@ -101,8 +101,10 @@ class LayersOfExpertsModel(FieldAutoencoder):
             elif latent is None:  # a signal that is not in the bank
                 latent = self.posterior(signal)[0]
             tensors = [*self.parameters(), *([latent] if latent.requires_grad else [])]
+            # Evaluations come in other shapes, and each would be compiled for.
+            losses_of = self._losses if torch.is_grad_enabled() else self._losses_uncompiled
             loss, losses = chunked_mean(
-                lambda part: self._losses(latent[part], _rows(seen, part), _rows(drawn, part)),
+                lambda part: losses_of(latent[part], _rows(seen, part), _rows(drawn, part)),
                 len(signal),
                 fitting.chunk,
                 tensors,
