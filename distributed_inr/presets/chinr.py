@@ -18,7 +18,7 @@ def furniture_image() -> Experiment:
 
     python jobs/train_chinr.py
     """
-    autoencoder_samples, prior_samples = 16_000, 200_000
+    autoencoder_samples, prior_samples = 36_000, 300_000
     return Experiment(
         name="furniture-image",
         family="chinr",
@@ -29,16 +29,17 @@ def furniture_image() -> Experiment:
             num_experts=64,
             width=64,
             latent_dim=64,
-            num_points=1024,
-            fitting=MetaLearning(rates="learned", num_points=1024),
+            num_points=512,
+            # Larger rates, or larger steps of the optimizer, can make the inner loop chaotic (LOG.md).
+            fitting=MetaLearning(rate=0.01, num_points=512),
         ),
         prior=HierarchicalDiffusion(denoiser=MLPUNet(width=256, num_blocks=3)),
         autoencoder_training=Training(
             num_samples=autoencoder_samples,
             batch_size=8,
-            optim=Optim(lr=1e-3, warmup_samples=800),
+            optim=Optim(lr=5e-4, betas=(0.9, 0.99), warmup_samples=1_600),
             log_every_samples=800,
-            checkpoint_every_samples=4_000,
+            checkpoint_every_samples=9_000,
         ),
         prior_training=Training(
             num_samples=prior_samples,
@@ -46,7 +47,7 @@ def furniture_image() -> Experiment:
             optim=Optim(lr=1e-3, warmup_samples=6_400),
             ema_half_life_samples=10_000,
             log_every_samples=12_800,
-            checkpoint_every_samples=50_000,
+            checkpoint_every_samples=75_000,
             keep_checkpoints=4,
         ),
         scale=Scale(zero_stage=1),
