@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from distributed_inr.data.reader import Data
 from distributed_inr.domains import Image
 from distributed_inr.experiment import Evaluation, Experiment, Sampling
-from distributed_inr.models import HierarchicalDiffusion, LayersOfExperts
+from distributed_inr.models import HierarchicalDiffusion, LatentDiffusion, LayersOfExperts
+from distributed_inr.models.denoisers import MLP
 from distributed_inr.models.latent_fitting import MetaLearning
 from distributed_inr.models.layer_denoisers import MLPUNet
 from distributed_inr.training.engine import Optim, Scale
@@ -56,6 +58,36 @@ def furniture_image() -> Experiment:
     )
 
 
+def furniture_image_mnif() -> Experiment:
+    """mNIF in the same harness: one latent of as many numbers gates all layers, as many parameters, joint diffusion.
+
+    python jobs/train_chinr.py furniture-image-mnif
+    """
+    return _peer("furniture-image-mnif", modulation="flat", num_experts=58)
+
+
+def furniture_image_functa() -> Experiment:
+    """Functa in the same harness: one latent of as many numbers moves the biases of one network, joint diffusion.
+
+    python jobs/train_chinr.py furniture-image-functa
+
+    A quarter of the parameters: as many take a width of 357, and thirty times the work.
+    """
+    return _peer("furniture-image-functa", modulation="shift", width=128)
+
+
+def _peer(name: str, **changes: Any) -> Experiment:
+    ours = furniture_image()
+    assert isinstance(ours.autoencoder, LayersOfExperts)
+    num_layers, latent_dim = ours.autoencoder.num_layers, ours.autoencoder.latent_dim
+    return replace(
+        ours,
+        name=name,
+        autoencoder=replace(ours.autoencoder, latent_dim=num_layers * latent_dim, **changes),
+        prior=LatentDiffusion(denoiser=MLP(width=400, num_blocks=4), prediction="v", timestep_logit=(-0.6, 0.8)),
+    )
+
+
 def celebahq_64() -> Experiment:
     """Layers of experts on CelebA-HQ at 64 pixels (CHINR, table 1: 34.9 dB, SSIM 0.963, FID 13.4).
 
@@ -99,6 +131,7 @@ def celebahq_64_l5() -> Experiment:
     Ours: not run.
     """
     deeper = celebahq_64()
+    assert isinstance(deeper.autoencoder, LayersOfExperts)
     return replace(deeper, name="celebahq-64-l5", autoencoder=replace(deeper.autoencoder, num_layers=5))
 
 
@@ -106,6 +139,8 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
     preset.__name__.replace("_", "-"): preset
     for preset in (
         furniture_image,
+        furniture_image_mnif,
+        furniture_image_functa,
         celebahq_64,
         celebahq_64_l5,
     )
