@@ -3,12 +3,16 @@
 import hashlib
 import json
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fault_runs import Job, kill_jobs, read_losses, read_starts, read_weights
 from processes import run_processes
+from safetensors.torch import load_file
 from test_pipeline import FAST
 from tiny_chinr import chinr_experiment, write_chinr
 from tiny_run import write_pictures
@@ -42,15 +46,15 @@ def latents_of(experiment: Experiment) -> dict[str, tuple[torch.Tensor, dict]]:
     found = {}
     raw = experiment.data.dataset(index, read=lambda record, seed: _with_json(record, seed), seed=0)
     for number in range(len(raw)):
-        signal, good = raw.signal(number)
+        sample, good = raw.signal(number)
         assert good
-        found[signal.key] = (signal.inputs[0], json.loads(signal.text))
+        found[sample.key] = (sample.inputs[0], json.loads(sample.text))
     return found
 
 
 def _with_json(record, seed):
-    signal = read_latent(record, seed)
-    return type(signal)(**{**signal.__dict__, "text": record["json"].decode()})
+    sample = read_latent(record, seed)
+    return type(sample)(**{**sample.__dict__, "text": record["json"].decode()})
 
 
 def test_a_run_makes_and_loads_all_its_parts(experiment: Experiment):
@@ -76,13 +80,13 @@ def test_written_latents_are_the_fitted_ones_with_the_psnr_of_their_fit(experime
     written = latents_of(experiment)
     assert len(written) == 33
     for number in (0, 17, 32):
-        signal = collate([dataset.signal(number)[0]])
-        latent, about = written[signal.key[0]]
-        fitted = model.autoencoder.encode(signal)
+        sample = collate([dataset.signal(number)[0]])
+        latent, about = written[sample.key[0]]
+        fitted = model.autoencoder.encode(sample)
         torch.testing.assert_close(latent, fitted[0], rtol=1e-4, atol=1e-7)
         picture = model.decode(fitted).render(16) * 2 - 1
-        unclipped = (model.decode(fitted)(*_grid(model)) - signal.inputs.flatten(2).transpose(1, 2)).square().mean()
-        assert picture.shape == signal.inputs.shape
+        unclipped = (model.decode(fitted)(*_grid(model)) - sample.inputs.flatten(2).transpose(1, 2)).square().mean()
+        assert picture.shape == sample.inputs.shape
         assert about["psnr"] == pytest.approx(10 * np.log10(4 / unclipped.item()), abs=2e-3)
 
 
@@ -152,3 +156,34 @@ def test_latents_do_not_depend_on_the_number_of_workers(tmp_path: Path):
     assert found[0].keys() == found[1].keys() and len(found[0]) == 70
     for key, latent in found[0].items():
         torch.testing.assert_close(found[1][key], latent, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_meta_learning_that_is_killed_goes_on_and_ends_equal_in_every_bit(tmp_path: Path):
+    """kill -9 in training: the same losses and weights as of a run without a kill, learned rates included."""
+    fitting = {"kind": "meta-learning", "rates": "learned", "num_points": 16, "chunk": 3}
+    sizes = {"num_layers": 3, "num_experts": 4, "width": 8, "latent_dim": 4, "num_points": 16}
+    settings: dict[str, Any] = {
+        "steps": 120,
+        "family": "chinr",
+        "autoencoder": {"kind": "layers-of-experts", **sizes, "fitting": fitting},
+        "autoencoder_training__checkpoint_every_samples": 40,
+        "scale__launcher": "none",
+        "scale__num_threads": 1,
+    }
+    try:
+        whole = Job(tmp_path, name="whole", **settings)
+        whole.finish()
+        job = Job(tmp_path, name="killed", **settings)
+        job.wait_until(lambda: job.num_lines >= 40)
+        job.stop(signal.SIGKILL)
+        assert job.process.returncode == -signal.SIGKILL and 0 < job.samples_kept < 480
+        kept = job.samples_kept
+        job = Job(tmp_path, name="killed", **settings)
+        job.finish()
+    finally:
+        kill_jobs()
+    assert read_starts(job.experiment) == [0, kept]
+    assert read_losses(job.experiment) == read_losses(whole.experiment)
+    assert read_weights(job.experiment) == read_weights(whole.experiment)
+    assert "rates" in load_file(job.experiment.folder / "autoencoder" / "model.safetensors")
