@@ -10,7 +10,7 @@ sizes. `analysis.figures` draws results; `control_files` and `statistics_files` 
 tables, as jobs/analyse.py does.
 """
 
-from distributed_inr.analysis.conditions import conditions, deviations, share_alone
+from distributed_inr.analysis.conditioning import conditions, deviations, share_alone
 from distributed_inr.analysis.control import composition, interpolation, layerwise, redraw, tree
 from distributed_inr.analysis.neighbours import ablation, memorisation, retrieval
 from distributed_inr.analysis.sources import Latents, choose, file_latents, held_out_latents, render, training_latents

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from distributed_inr.analysis.conditions import ConditionalDistributions, LayerDeviations
+from distributed_inr.analysis.conditioning import ConditionalDistributions, LayerDeviations
 from distributed_inr.analysis.control import Tree
 from distributed_inr.analysis.neighbours import Ablation, Memorisation
 from distributed_inr.analysis.spectra import Spectra
@@ -23,7 +23,7 @@ _GREY = "#c8c8c8"
 
 
 def pictures(
-    rows: Sequence[Float[Tensor, "columns 3 height width"]] | Float[Tensor, "rows columns 3 height width"],
+    rows: Sequence[Float[Tensor, "_ 3 height width"]] | Float[Tensor, "rows columns 3 height width"],
     *,
     title: str,
     row_titles: Sequence[str] | None = None,
@@ -66,7 +66,7 @@ def correlations(found: Correlations) -> Figure:
     """The matrix of mean coefficients, and adjacent layers beside chance (CHINR, figures 7a and 17)."""
     layers = len(found.matrix)
     names = [str(layer) for layer in range(1, layers + 1)]
-    figure = _figure(11, 4.6)
+    figure = _figure(11.0, 4.6)
     matrix, bars = figure.subplots(1, 2)
     shown = matrix.imshow(found.matrix.numpy(), vmin=0, vmax=1, cmap="Blues")
     for row in range(layers):
@@ -85,7 +85,7 @@ def correlations(found: Correlations) -> Figure:
     bars.bar([p + 0.2 for p in places], [c.chance for c in found.adjacent], 0.4, label=label, color=_GREY)
     for place, one in zip(places, found.adjacent, strict=True):
         text = f"k = {one.components[0]}, {one.components[1]}\np = {one.p_value:.3f}"
-        bars.text(place, max(one.mean, one.chance) + 0.02, text, ha="center", va="bottom", fontsize=9)
+        _above(bars, place, max(one.mean, one.chance), text)
     bars.set_xticks(list(places), [f"{place + 1}-{place + 2}" for place in places])
     bars.set(title="Adjacent layers", xlabel="layers", ylabel="mean canonical correlation", ylim=(0, 1.25))
     bars.legend(loc="upper right", fontsize=9)
@@ -140,7 +140,7 @@ def conditions(found: ConditionalDistributions) -> Figure:
 
 def deviations(found: Sequence[LayerDeviations], *, condition_bits: int, title: str) -> Figure:
     """Within one condition against over all, and how many codes have one signal (CHINR, table 2)."""
-    figure = _figure(12, 4.6)
+    figure = _figure(12.0, 4.6)
     figure.suptitle(title, fontsize=11)
     bars, alone = figure.subplots(1, 2, width_ratios=(2, 1))
     figures, places = [layer.figures for layer in found], list(range(len(found)))
@@ -151,17 +151,16 @@ def deviations(found: Sequence[LayerDeviations], *, condition_bits: int, title: 
     bars.bar([p - 0.2 for p in places], within, 0.4, yerr=(low, high), capsize=3, color="C0", label=label)
     bars.bar([p + 0.2 for p in places], overall, 0.4, color=_GREY, label="over the training latents' conditions")
     for place, one in zip(places, figures, strict=True):
-        top = max(one["within_largest_condition"], one["unconditional"])
-        bars.text(place, top + 0.02, f"ratio {one['ratio']:.2f}", ha="center", va="bottom", fontsize=9)
+        _above(bars, place, max(one["within_largest_condition"], one["unconditional"]), f"ratio {one['ratio']:.2f}")
     names = [str(layer.layer) for layer in found]
     bars.set_xticks(places, names)
     bars.set(xlabel="layer", ylabel="standard deviation of a z-scored number")
-    bars.set_ylim(0, 1.3 * max(*within, *overall))
+    bars.set_ylim(0, 1.35 * max(one[name] for one in figures for name in ("within_largest_condition", "unconditional")))
     bars.legend(loc="upper right", fontsize=9)
 
     alone.bar(places, [100 * one["alone"] for one in figures], 0.5, color="C1")
     for place, one in zip(places, figures, strict=True):
-        alone.text(place, 100 * one["alone"] + 1, f"{100 * one['alone']:.1f} %", ha="center", va="bottom", fontsize=9)
+        _above(alone, place, 100 * one["alone"], f"{100 * one['alone']:.1f} %")
     alone.set_xticks(places, names)
     alone.set(xlabel="layer", ylabel="training latents alone in their code, %", ylim=(0, 110))
     alone.set_title(f"condition bits: {condition_bits}", fontsize=10)
@@ -170,8 +169,8 @@ def deviations(found: Sequence[LayerDeviations], *, condition_bits: int, title: 
 
 def memorisation(found: Memorisation, *, title: str) -> Figure:
     """Distances of samples and of held-out pictures to their nearest training pictures, and some of the pairs."""
-    figure = _figure(11, 7)
-    upper, lower = _halves(figure, (3, 2))
+    figure = _figure(11.0, 7.0)
+    upper, lower = _halves(figure, (3.0, 2.0))
     axes = upper.subplots()
     sets = [("samples", found.samples, "C0")]
     if found.held_out is not None and found.held_out_functions is not None:
@@ -220,7 +219,7 @@ def frequencies(found: Spectra) -> Figure:
     """The share of power by frequency, and basis fields with their spectra (DDMI, section 4.4)."""
     count, shown = len(found.fields), len(found.fields[0].fields)
     figure = _figure(1.8 * (2 * shown) + 1, 4 + 1.9 * count)
-    upper, lower = _halves(figure, (4, 1.9 * count))
+    upper, lower = _halves(figure, (4.0, 1.9 * count))
     axes = upper.subplots()
     for index, field in enumerate(found.fields):
         label = f"field {index + 1}, {field.cells} x {field.cells} cells: mean {field.centre:.1f}, 90 % below "
@@ -268,7 +267,7 @@ def _panels(count: int, title: str) -> tuple[Figure, list[Any]]:
     """Square panels in rows of at most four."""
     columns = min(count, 4 if count > 6 or count == 4 else 3)
     rows = -(-count // columns)
-    figure = _figure(4 * columns, 4.1 * rows + 0.5)
+    figure = _figure(4.0 * columns, 4.1 * rows + 0.5)
     panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for unused in panels[count:]:
         unused.set_axis_off()
@@ -282,6 +281,10 @@ def _frame(panel: Any, points: Tensor) -> None:
     margin = 0.15 * (high - low).clamp(min=1e-6)
     panel.set(xlim=[(low - margin)[0].item(), (high + margin)[0].item()])
     panel.set(ylim=[(low - margin)[1].item(), (high + margin)[1].item()])
+
+
+def _above(panel: Any, place: int, height: float, text: str) -> None:
+    panel.annotate(text, (place, height), (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=9)
 
 
 def _name_components(panel: Any, explained: Tensor) -> None:

@@ -19,6 +19,7 @@ from distributed_inr.analysis.sources import (
     training_batches,
     z_scores,
 )
+from distributed_inr.config import differences, to_dict
 from distributed_inr.domains import Signal
 from distributed_inr.domains.domain import seeds_for
 from distributed_inr.evaluation import metrics
@@ -234,6 +235,7 @@ def ablation(
         other: a run with prior.condition_bits=0, whose layers are drawn independently.
         count: samples of each.
     """
+    experiments = (model.experiment, other.experiment)
     bits = [hierarchical(run, "ablation").projection.shape[2] for run in (model, other)]
     if bits[0] == 0 or bits[1] > 0:
         raise ValueError(
@@ -242,13 +244,12 @@ def ablation(
         )
     if count < 4:
         raise ValueError(f"count={count} must be at least 4: the kernel distance is one between sets; try 256")
-    for name in ("domain", "data.train"):
-        here, there = (_field(run, name) for run in (model, other))
-        if here != there:
-            raise ValueError(
-                f"{name} is {here} in {model.folder} and {there} in {other.folder}, and an ablation compares priors on "
-                "the same pictures; train one of them again"
-            )
+    changed = differences(*({"domain": to_dict(e.domain), "data.train": e.data.train} for e in experiments))
+    if changed:
+        shown = "; ".join(f"{path} is {here} in {model.folder} and {there}" for path, (here, there) in changed.items())
+        raise ValueError(
+            f"{shown} in {other.folder}: an ablation compares priors on the same pictures; train one again"
+        )
     check_pipe(model, allow_pipe=allow_pipe)
     network = metrics.EfficientNetLite0().to(model.device)
     training = Split(model, model.experiment.data.train)
@@ -276,10 +277,3 @@ def unit(pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 
 
 def _features(network: nn.Module, batches: Iterable[Tensor]) -> Float[Tensor, "count features"]:
     return torch.cat([network(pictures).cpu() for pictures in batches])
-
-
-def _field(run: FieldModel, path: str) -> object:
-    value: object = run.experiment
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value

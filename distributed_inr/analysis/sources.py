@@ -1,6 +1,5 @@
 """Where the latents that are analysed come from: the training set, the held-out set, the prior, or one's own files."""
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -112,7 +111,7 @@ def training_batches(
 ) -> Iterator[Latents]:
     """`training_latents` piece by piece, so that a set of any size can be gone through. Bad records are left out."""
     folder = check_latents(model)
-    data = dataclasses.replace(model.experiment.data, allow_pipe=False)  # the run's own shards need no command
+    data = model.experiment.data
     index = data.index(str(folder))
     dataset = data.dataset(index, read=read_latent, seed=model.experiment.seed)
     has_copies = index.protocol.get("copies", 1) > 1
