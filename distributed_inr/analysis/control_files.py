@@ -43,11 +43,11 @@ def tree_files(
         mean = torch.cat(pairs).mean().item() if found.branches > 1 else None
         apart.append({"layers_of_siblings_held": found.levels[depth], "rms_between_siblings": mean})
     lines = ", ".join(
-        f"{row['rms_between_siblings']:.3f} with {row['layers_of_siblings_held']} layers held"
-        for row in apart
-        if found.branches > 1
+        f"{row['rms_between_siblings']:.3f} ({row['layers_of_siblings_held']})" for row in apart if found.branches > 1
     )
-    title = f"{files.run}, seed {seed}\nroot mean square difference of siblings, in [0, 1]: {lines or 'no siblings'}"
+    title = (
+        f"{files.run}, seed {seed}\nRMS difference of siblings in [0, 1] (layers they share): {lines or 'no siblings'}"
+    )
     files.picture("tree.png", figures.tree(found, shown, title=title))
     files.json(
         "tree.json",

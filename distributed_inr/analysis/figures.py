@@ -55,7 +55,7 @@ def tree(found: Tree, shown: dict[tuple[int, ...], Float[Tensor, "3 height width
             draw.line([*points, (right, middles[path])], fill="#707070", width=2)
     for path, picture in shown.items():
         canvas.paste(fit(picture, cell), (margin + len(path) * step_x, round(middles[path] - cell / 2)))
-    draw.text((margin, 10), title, fill="black", font_size=16)
+    draw.text((margin, 10), title, fill="black", font_size=14)
     for depth, fixed in enumerate(found.levels):
         held = "nothing held" if fixed == 0 else "layer 1 held" if fixed == 1 else f"layers 1-{fixed} held"
         draw.text((margin + depth * step_x, 58), held, fill="black", font_size=14)
@@ -174,7 +174,7 @@ def memorisation(found: Memorisation, *, title: str) -> Figure:
     axes = upper.subplots()
     sets = [("samples", found.samples, "C0")]
     if found.held_out is not None and found.held_out_functions is not None:
-        sets += [("held-out pictures", found.held_out, "C1"), ("their functions", found.held_out_functions, "C2")]
+        sets += [("held-out pictures", found.held_out, "C1"), ("held-out functions", found.held_out_functions, "C2")]
     highest = max(values.max().item() for _, values, _ in sets)
     bins = torch.linspace(0, 1.05 * highest + 1e-6, 41).tolist()
     for name, values, colour in sets:
