@@ -20,7 +20,7 @@ def furniture_image() -> Experiment:
 
     python jobs/train_chinr.py
     """
-    autoencoder_samples, prior_samples = 36_000, 300_000
+    autoencoder_samples, prior_samples = 30_000, 240_000
     return Experiment(
         name="furniture-image",
         family="chinr",
@@ -41,7 +41,7 @@ def furniture_image() -> Experiment:
             batch_size=8,
             optim=Optim(lr=5e-4, betas=(0.9, 0.99), warmup_samples=1_600),
             log_every_samples=800,
-            checkpoint_every_samples=9_000,
+            checkpoint_every_samples=7_500,
         ),
         prior_training=Training(
             num_samples=prior_samples,
@@ -49,7 +49,7 @@ def furniture_image() -> Experiment:
             optim=Optim(lr=1e-3, warmup_samples=6_400),
             ema_half_life_samples=10_000,
             log_every_samples=12_800,
-            checkpoint_every_samples=75_000,
+            checkpoint_every_samples=60_000,
             keep_checkpoints=4,
         ),
         scale=Scale(zero_stage=1),
