@@ -137,8 +137,8 @@ def _psnr(module: FieldAutoencoder, signal: Signal, latent: Tensor) -> Float[Ten
 
 def refuse_foreign_latents(index: ShardIndex, folder: Path, weights: Path) -> None:
     """Raise ValueError where a folder's latents were not written by the autoencoder of these weights."""
-    found, expected = index.protocol.get("autoencoder", "unknown"), storage.sha256_of(weights)
-    if found != expected:
+    found, expected = index.protocol.get("autoencoder"), storage.sha256_of(weights)
+    if found not in (None, expected):  # earlier versions did not write it
         raise ValueError(
             f"{folder} holds latents of another autoencoder (sha256 {found[:12]}, {weights} has {expected[:12]}); "
             f"bring back the ones that belong together, or delete {folder} to write it again"

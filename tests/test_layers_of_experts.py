@@ -103,7 +103,7 @@ def test_the_papers_presets_have_the_papers_sizes_and_training(name, num_layers,
     experiment, images = chinr.PRESETS[name](), 28_000
     with torch.device("meta"):
         model = experiment.autoencoder.build(experiment.domain)
-    assert experiment.name == name and (experiment.domain.size, experiment.domain.source_size) == (64, 64)
+    assert experiment.name == name and (experiment.domain.size, experiment.domain.source_size) == (64, 128)
     cfg = model.cfg
     assert (cfg.num_layers, cfg.num_experts, cfg.width, cfg.latent_dim, cfg.omega) == (num_layers, 384, 128, 128, 30)
     assert (cfg.fitting.steps, cfg.fitting.order, cfg.fitting.rates) == (3, "second", "fixed")

@@ -65,7 +65,7 @@ class HierarchicalDiffusionModel(LatentPrior):
     """Hierarchical diffusion over latents [layers, latent_dim].
 
     Attributes:
-        projection: [layers, latent_dim, condition_bits] W, by the layer that it reads; the last layer's is not needed.
+        projection: [layers - 1, latent_dim, condition_bits] W, by the layer that it reads.
         latent_mean, latent_deviation: [layers, latent_dim] statistics of the training latents.
     """
 
@@ -185,7 +185,8 @@ class HierarchicalDiffusionModel(LatentPrior):
     def _codes(self, scores: Float[Tensor, "batch first dim"]) -> Float[Tensor, "batch first_and_next condition_bits"]:
         """v^1 = 0, and v^l = W concat(h^1 ... h^{l-1}, 0 ...) for the layers after each of the first."""
         first = scores.shape[1]
-        summands = torch.einsum("bld,ldc->blc", scores, self.projection[:first])
+        with torch.autocast(scores.device.type, enabled=False):  # signs must be those that sampling finds
+            summands = torch.einsum("bld,ldc->blc", scores, self.projection[:first])
         nothing = summands.new_zeros(len(scores), 1, summands.shape[2])
         return torch.cat([nothing, summands.cumsum(dim=1)], dim=1)
 

@@ -91,7 +91,7 @@ def _peer(name: str, **changes: Any) -> Experiment:
 def celebahq_64() -> Experiment:
     """Layers of experts on CelebA-HQ at 64 pixels (CHINR, table 1: 34.9 dB, SSIM 0.963, FID 13.4).
 
-    python jobs/prepare_data.py image celeba_hq --layout celebahq --size 64 --out data/celebahq-64
+    python jobs/prepare_data.py image celeba_hq --layout celebahq --size 128 --out data/celebahq-64
     python jobs/train_chinr.py celebahq-64 --scale.num-workers 8
 
     Parameters: 32.346 M. Ours: not run.
@@ -100,7 +100,7 @@ def celebahq_64() -> Experiment:
     return Experiment(
         name="celebahq-64",
         family="chinr",
-        domain=Image(size=64, source_size=64, scales=(1.0,), scale_weights=(1.0,), flip=False),
+        domain=Image(size=64, source_size=128, scales=(1.0,), scale_weights=(1.0,), flip=False),
         data=Data(train="data/celebahq-64/train", val="data/celebahq-64/val", num_loaders=4),
         autoencoder=LayersOfExperts(num_layers=7, num_experts=384, width=128, latent_dim=128),
         prior=HierarchicalDiffusion(denoiser=MLPUNet(width=1024, num_blocks=6)),
@@ -130,9 +130,9 @@ def celebahq_64_l5() -> Experiment:
 
     Ours: not run.
     """
-    deeper = celebahq_64()
-    assert isinstance(deeper.autoencoder, LayersOfExperts)
-    return replace(deeper, name="celebahq-64-l5", autoencoder=replace(deeper.autoencoder, num_layers=5))
+    seven = celebahq_64()
+    assert isinstance(seven.autoencoder, LayersOfExperts)
+    return replace(seven, name="celebahq-64-l5", autoencoder=replace(seven.autoencoder, num_layers=5))
 
 
 PRESETS: dict[str, Callable[[], Experiment]] = {

@@ -271,7 +271,10 @@ CONFIGS: dict[str, tuple[Callable[[dict], str], str]] = {
     "hydra target for a part": (changed("prior/denoiser", {"_target_": "os.system"}), r"prior\.denoiser="),
     "jsonpickle": (changed("domain", {"py/object": "os.system"}), r"domain\.py/object is not a field|domain="),
     "kind that is a class": (changed("autoencoder/kind", "os.system"), r"autoencoder\.kind='os.system'.*'d2c-vae'"),
-    "kind of a union": (changed("prior/denoiser/kind", "builtins.exec"), r"denoiser\.kind='builtins.exec'.*'unet'"),
+    "kind of a union": (
+        changed("prior/denoiser/kind", "builtins.exec"),
+        r"prior\.denoiser\.kind='builtins.exec'.*'unet'",
+    ),
     "unknown field": (changed("scale/hook", "import os"), r"scale\.hook is not a field"),
     "method": (changed("domain/read", "os.system"), r"domain\.read is not a field"),
     "dunder": (changed("domain/__class__", "os.system"), r"domain\.__class__ is not a field"),
