@@ -1,6 +1,7 @@
 """How latents are found that have no encoder: by gradient steps on the signal's own error (CHINR, section 3.2)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -16,6 +17,12 @@ RATE_RANGE = (0.005, 0.1)
 
 Error = Callable[[Tensor], Tensor]
 """From the latents of a batch to the error of each signal, [batch]; a signal's depends on its own latent alone."""
+
+Weights = tuple[Tensor, ...]
+"""Of each layer, for each signal: [batch, ...]."""
+
+Mix = Callable[[Tensor], Weights]
+"""From latents [batch, layers, latent_dim] to the weights they choose: linear in them but for a constant."""
 
 
 @config
@@ -68,23 +75,57 @@ class AutoDecoding:
 AnyFitting = Annotated[MetaLearning | AutoDecoding, pydantic.Field(discriminator="kind")]
 
 
+@dataclass(frozen=True)
+class Descent:
+    """Gradient steps on latents, and what they were taken by."""
+
+    latents: Tensor
+    """Before each step and after the last, [steps + 1, batch, layers, latent_dim]."""
+    slopes: tuple[Tensor, ...]
+    """The error's derivative by each layer's weights at each step, [steps, batch, ...]."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Zeros to be added along a descent: a loss's derivatives by them are those by what they were added to."""
+
+    gradients: Tensor
+    """Added to the error's derivative by the latent at each step, [steps, batch, layers, latent_dim]."""
+    weights: tuple[Tensor, ...]
+    """Added to each layer's weights at each step and after the last, [steps + 1, batch, ...]."""
+
+
 def descend(
-    error: Error,
+    mix: Mix,
+    error: Callable[[Weights], Tensor],
     latent: Float[Tensor, "batch layers latent_dim"],
     *,
     rates: Tensor | float,
     steps: int,
     order: Literal["first", "second"] = "second",
-) -> Float[Tensor, "batch layers latent_dim"]:
-    """Gradient steps on latents; the result can be differentiated again, by whatever `error` depends on.
+    probes: Probes | None = None,
+) -> Descent:
+    """Gradient steps on latents; the result can be differentiated again, by whatever `mix` and `error` depend on.
 
-    Written with `torch.func.grad`: a compiled error under `torch.autograd.grad(create_graph=True)` silently gives
+    Written with `torch.func`: a compiled error under `torch.autograd.grad(create_graph=True)` silently gives
     first-order gradients. Compile the function that calls this one as a whole, or nothing.
     """
-    for _ in range(steps):
-        gradient = torch.func.grad(lambda h: error(h).sum())(latent)
+    latents, slopes = [latent], []
+    for step in range(steps):
+        weights, pull = torch.func.vjp(mix, latent)  # type: ignore[misc]  # three values only where it is asked to
+        slope = torch.func.grad(lambda weights: error(weights).sum())(probed(weights, probes, step))
+        (gradient,) = pull(slope)
+        gradient = gradient if probes is None else gradient + probes.gradients[step]
         latent = latent - rates * (gradient if order == "second" else gradient.detach())
-    return latent
+        latents.append(latent)
+        slopes.append(slope)
+    return Descent(torch.stack(latents), tuple(map(torch.stack, zip(*slopes, strict=True))))
+
+
+def probed(weights: Weights, probes: Probes | None, step: int) -> Weights:
+    if probes is None:
+        return weights
+    return tuple(theta + probe[step] for theta, probe in zip(weights, probes.weights, strict=True))
 
 
 def optimise(
@@ -105,23 +146,27 @@ def optimise(
 class ChunkedMean(torch.autograd.Function):
     """The mean of the signals' losses, with its gradient: one chunk's graph is held at a time, and nothing is redone.
 
-    Arguments: `losses(part)`, the losses of the signals of a slice; the number of signals; how many a chunk; and the
-    tensors that gradients are taken with respect to. Returns the mean, and the losses of all, without gradient.
+    Arguments: `differentiate(part)`, which gives the losses of a slice's signals, and the gradients of their sum by
+    the tensors; the number of signals; how many a chunk; and the tensors. Returns the mean, and the losses of all,
+    without gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, losses: Callable[[slice], Tensor], count: int, chunk: int, *tensors: Tensor
+        ctx: Any,
+        differentiate: Callable[[slice], tuple[Tensor, Sequence[Tensor]]],
+        count: int,
+        chunk: int,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        found, gradients = [], [torch.zeros_like(tensor) for tensor in tensors]
+        found, gradients = [], []
         for start in range(0, count, chunk):
             with torch.enable_grad():
-                part = losses(slice(start, min(start + chunk, count)))
-                added = torch.autograd.grad(part.sum() / count, tensors, allow_unused=True)
-            for gradient, addend in zip(gradients, added, strict=True):
-                if addend is not None:
-                    gradient += addend
-            found.append(part.detach())
+                losses, added = differentiate(slice(start, start + chunk))
+            found.append(losses)
+            # Not in place: autograd's results may share their memory.
+            gradients = [a + b for a, b in zip(gradients, added, strict=True)] if start else added
+        ctx.count = count
         ctx.save_for_backward(*gradients)
         together = torch.cat(found)
         ctx.mark_non_differentiable(together)
@@ -130,15 +175,5 @@ class ChunkedMean(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Any:
-        return None, None, None, *(gradient * saved for saved in ctx.saved_tensors)
-
-
-def chunked_mean(
-    losses: Callable[[slice], Tensor], count: int, chunk: int | None, tensors: Sequence[Tensor]
-) -> tuple[Float[Tensor, ""], Float[Tensor, " batch"]]:
-    """`ChunkedMean`, or, where no gradient is asked for, the losses alone."""
-    chunk = min(chunk or count, count)
-    if torch.is_grad_enabled():
-        return ChunkedMean.apply(losses, count, chunk, *tensors)  # type: ignore[return-value]
-    parts = [losses(slice(start, min(start + chunk, count))) for start in range(0, count, chunk)]
-    return torch.cat(parts).mean(), torch.cat(parts)
+        each = gradient / ctx.count
+        return None, None, None, *(each * saved for saved in ctx.saved_tensors)

@@ -1,5 +1,6 @@
 """Layers of experts: an implicit network whose layers each mix experts by their own latent (CHINR, section 3.1)."""
 
+import itertools
 import logging
 import math
 from dataclasses import replace
@@ -19,10 +20,14 @@ from distributed_inr.models.latent_fitting import (
     RATE_RANGE,
     AnyFitting,
     AutoDecoding,
+    ChunkedMean,
+    Descent,
     MetaLearning,
-    chunked_mean,
+    Probes,
+    Weights,
     descend,
     optimise,
+    probed,
 )
 
 logger = logging.getLogger(__name__)
@@ -80,6 +85,7 @@ class LayersOfExpertsModel(FieldAutoencoder):
         self.cfg, self.domain = cfg, domain
         self.latent_shape = (cfg.num_layers if cfg.modulation == "layerwise" else 1, cfg.latent_dim)
         dims = [domain.coord_dim, *[cfg.width] * (cfg.num_layers - 1), domain.value_dim]
+        self.weight_shapes = [(in_dim + 1, out_dim) for in_dim, out_dim in itertools.pairwise(dims)]
         kind = FoldedLayer if cfg.folded else ShiftLayer if cfg.modulation == "shift" else ExpertLayer
         self.layers = nn.ModuleList(kind(cfg, dims[i], dims[i + 1], is_first=i == 0) for i in range(cfg.num_layers))
         self.rates = None
@@ -100,15 +106,7 @@ class LayersOfExpertsModel(FieldAutoencoder):
                 latent = fitting.deviation * noise if self.training else torch.zeros_like(noise)
             elif latent is None:  # a signal that is not in the bank
                 latent = self.posterior(signal)[0]
-            tensors = [*self.parameters(), *([latent] if latent.requires_grad else [])]
-            # Evaluations come in other shapes, and each would be compiled for.
-            losses_of = self._losses if torch.is_grad_enabled() else self._losses_uncompiled
-            loss, losses = chunked_mean(
-                lambda part: losses_of(latent[part], _rows(seen, part), _rows(drawn, part)),
-                len(signal),
-                fitting.chunk,
-                tensors,
-            )
+            loss, losses = self._mean_loss(latent, seen, drawn)
         for key, is_finite in zip(signal.key, losses.isfinite().tolist(), strict=True):
             if not is_finite:
                 logger.warning("%s: fitting its latent ended in values that are not finite; try smaller rates", key)
@@ -123,14 +121,17 @@ class LayersOfExpertsModel(FieldAutoencoder):
         fitting, measurements = self.cfg.fitting, self.domain.measurements(signal)
         start = self._example.new_zeros(len(signal), *self.latent_shape)
 
-        def error(latent: Tensor) -> Tensor:
-            return self._nll(latent, measurements)
+        def error(weights: Weights) -> Tensor:
+            return self._nll(weights, measurements)
 
         with torch.autocast(start.device.type, enabled=False):
             if isinstance(fitting, MetaLearning):
-                latent = descend(error, start, rates=self._rates(), steps=fitting.steps)
+                descent = descend(self._mix, error, start, rates=self._rates(), steps=fitting.steps)
+                latent = descent.latents[-1]
             else:
-                latent = optimise(error, start, lr=fitting.encode_lr, steps=fitting.encode_steps)
+                latent = optimise(
+                    lambda h: error(self._mix(h)), start, lr=fitting.encode_lr, steps=fitting.encode_steps
+                )
         finite = latent.flatten(1).isfinite().all(dim=1).tolist()
         if not all(finite):
             keys = ", ".join(key for key, is_finite in zip(signal.key, finite, strict=True) if not is_finite)
@@ -138,9 +139,7 @@ class LayersOfExpertsModel(FieldAutoencoder):
         return latent.detach(), None
 
     def decode(self, latent: Float[Tensor, "batch layers latent_dim"]) -> Field:
-        latents = latent.expand(-1, self.cfg.num_layers, -1).unbind(1)
-        *hidden, last = (layer(h) for layer, h in zip(self.layers, latents, strict=True))
-        return Field(_evaluate, (*(self.cfg.omega * theta for theta in hidden), last), self.domain)
+        return self._field(self._mix(latent))
 
     @torch.no_grad()
     def for_sampling(self) -> "LayersOfExpertsModel":
@@ -157,18 +156,90 @@ class LayersOfExpertsModel(FieldAutoencoder):
             model.rates.copy_(self.rates)
         return model.train(self.training).requires_grad_(False)
 
-    def _losses_uncompiled(self, latent: Tensor, seen: Measurements, drawn: Measurements) -> Float[Tensor, " batch"]:
+    def _mean_loss(self, latent: Tensor, seen: Measurements, drawn: Measurements) -> tuple[Tensor, Tensor]:
+        """The mean loss, and the loss of each signal; the mean can be differentiated if gradients are enabled."""
+        num_signals = len(latent)
+        chunk = min(self.cfg.fitting.chunk or num_signals, num_signals)
+
+        def of(part: slice) -> tuple[Tensor, Measurements, Measurements]:
+            return latent[part], _rows(seen, part), _rows(drawn, part)
+
+        if torch.is_grad_enabled():
+            tensors = [*self.parameters(), *([latent] if latent.requires_grad else [])]
+            return ChunkedMean.apply(lambda part: self._differentiate(*of(part), tensors), num_signals, chunk, *tensors)
+        # Uncompiled: evaluations come in other shapes, and each would be compiled for.
+        parts = [slice(start, start + chunk) for start in range(0, num_signals, chunk)]
+        losses = torch.cat([self._losses_uncompiled(*of(part))[0] for part in parts])
+        return losses.mean(), losses
+
+    def _differentiate(
+        self, latent: Tensor, seen: Measurements, drawn: Measurements, tensors: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss of each signal, and the gradients of their sum by the tensors.
+
+        Meta-learning uses the experts 2 * steps + 1 times. Plain autograd makes a gradient of their size for each, and
+        adds. Here the experts are constants to autograd, and `ExpertLayer.experts_gradient` makes the sum at once.
+        """
+        fitting = self.cfg.fitting
+        if isinstance(fitting, AutoDecoding):
+            losses, _ = self._losses(latent, seen, drawn)
+            return losses.detach(), list(torch.autograd.grad(losses.sum(), tensors))
+        layers = {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, ExpertLayer)}
+        experts = {layer.experts for layer in layers.values()}
+        probes = self._probes(latent)
+        losses, descent = self._losses(latent, seen, drawn, probes)
+        wanted = [probes.gradients, *probes.weights, *(tensor for tensor in tensors if tensor not in experts)]
+        found = iter(torch.autograd.grad(losses.sum(), wanted, materialize_grads=True))
+        by_gradients, by_weights = next(found), [next(found) for _ in probes.weights]
+        by_experts: dict[Tensor, Tensor] = {}
+        for index, layer in layers.items():
+            own = index % self.latent_shape[0]  # all layers share one latent, or each has its own
+            by_experts[layer.experts] = layer.experts_gradient(
+                descent.latents[:, :, own], by_weights[index], by_gradients[:, :, own], descent.slopes[index]
+            )
+        return losses.detach(), [by_experts[tensor] if tensor in experts else next(found) for tensor in tensors]
+
+    def _probes(self, latent: Tensor) -> Probes:
+        assert isinstance(self.cfg.fitting, MetaLearning)
+        steps, count = self.cfg.fitting.steps, len(latent)
+        weights = (latent.new_zeros(steps + 1, count, *shape).requires_grad_() for shape in self.weight_shapes)
+        return Probes(latent.new_zeros(steps, *latent.shape).requires_grad_(), tuple(weights))
+
+    def _losses_uncompiled(
+        self, latent: Tensor, seen: Measurements, drawn: Measurements, probes: Probes | None = None
+    ) -> tuple[Float[Tensor, " batch"], Descent]:
         """The error of each signal on the drawn measurements, after its latent was fitted to the seen ones."""
         fitting = self.cfg.fitting
         if isinstance(fitting, AutoDecoding):
-            return self._nll(latent, drawn) + fitting.penalty * latent.square().flatten(1).sum(1)
-        rates, order = self._rates(), fitting.order
-        fitted = descend(lambda h: self._nll(h, seen), latent, rates=rates, steps=fitting.steps, order=order)
-        return self._nll(fitted, drawn)
+            penalty = fitting.penalty * latent.square().flatten(1).sum(1)
+            return self._nll(self._mix(latent), drawn) + penalty, Descent(latent[None], ())
+        descent = descend(
+            lambda h: self._mix(h, frozen=True),
+            lambda weights: self._nll(weights, seen),
+            latent,
+            rates=self._rates(),
+            steps=fitting.steps,
+            order=fitting.order,
+            probes=probes,
+        )
+        weights = self._mix(descent.latents[-1], frozen=True)
+        return self._nll(probed(weights, probes, fitting.steps), drawn), descent
 
-    def _nll(self, latent: Tensor, measurements: Measurements) -> Float[Tensor, " batch"]:
+    def _mix(self, latent: Tensor, *, frozen: bool = False) -> Weights:
+        """Each layer's weights [batch, in_dim_and_bias, out_dim]. frozen: with experts that autograd does not see."""
+        latents = latent.expand(-1, self.cfg.num_layers, -1).unbind(1)
+        return tuple(
+            layer(h, frozen=frozen) if isinstance(layer, ExpertLayer) else layer(h)
+            for layer, h in zip(self.layers, latents, strict=True)
+        )
+
+    def _field(self, weights: Weights) -> Field:
+        *hidden, last = weights
+        return Field(_evaluate, (*(self.cfg.omega * theta for theta in hidden), last), self.domain)
+
+    def _nll(self, weights: Weights, measurements: Measurements) -> Float[Tensor, " batch"]:
         queries, values = measurements
-        return self.domain.nll(self.domain.observe(self.decode(latent), queries), values)
+        return self.domain.nll(self.domain.observe(self._field(weights), queries), values)
 
     def _rates(self) -> Tensor | float:
         assert isinstance(self.cfg.fitting, MetaLearning)
@@ -198,8 +269,36 @@ class ExpertLayer(nn.Module):
             experts *= cfg.num_experts**0.5
         self.experts = nn.Parameter(experts.flatten(1))
 
-    def forward(self, latent: Float[Tensor, "batch latent_dim"]) -> Float[Tensor, "batch in_dim_and_bias out_dim"]:
-        return (self.gate(latent) @ self.experts).unflatten(1, self.shape)
+    def forward(
+        self, latent: Float[Tensor, "batch latent_dim"], *, frozen: bool = False
+    ) -> Float[Tensor, "batch in_dim_and_bias out_dim"]:
+        experts = self.experts.detach() if frozen else self.experts
+        return (self.gate(latent) @ experts).unflatten(1, self.shape)
+
+    @torch.no_grad()
+    def experts_gradient(
+        self,
+        latents: Float[Tensor, "uses batch latent_dim"],
+        by_weights: Float[Tensor, "uses batch in_dim_and_bias out_dim"],
+        by_gradients: Float[Tensor, "steps batch latent_dim"],
+        slopes: Float[Tensor, "steps batch in_dim_and_bias out_dim"],
+    ) -> Float[Tensor, "num_experts size"]:
+        """The gradient by the experts of a loss that uses them to mix, and backwards in gradient steps on the latent.
+
+        With gates g = h W + b over experts E, a use is a product: theta = g E, whose gradient is g^T d theta; and back
+        from a slope s by the weights to s E^T W^T, by the latent, whose gradient, if that has d, is (d W)^T s. All are
+        rows of one product.
+
+        Args:
+            latents: h at each use.
+            by_weights: d theta, the loss's derivative by the mixed weights at each use.
+            by_gradients: d, by the error's derivative by the latent at each step.
+            slopes: s, the error's derivative by the mixed weights at each step.
+        """
+        gates = nn.functional.linear(latents.detach(), self.gate.weight, self.gate.bias)
+        back = nn.functional.linear(by_gradients, self.gate.weight)
+        rows = torch.cat([by_weights, slopes.detach()]).flatten(2).flatten(0, 1)
+        return torch.cat([gates, back]).flatten(0, 1).T @ rows
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """theta_0 = b E and M = W E, of gates h W + b over experts E."""
