@@ -89,7 +89,7 @@ class FieldModel:
         """The latents of `sample`, drawn `sampling.batch_size` at a time."""
         if count < 1:
             raise ValueError(f"count={count} must be at least 1")
-        prior, settings = self._sampling(steps, sampler)
+        prior, settings = self._trained_prior(), self._settings(steps, sampler)
         seeds = seeds_for(seed, count, start).split(self.experiment.sampling.batch_size)
         return torch.cat([prior.sample(part.to(self.device), **settings) for part in seeds])
 
@@ -112,7 +112,22 @@ class FieldModel:
         Args:
             seeds: of the latents, which the branches' own are made from (`seeds_for` for those of `sample_latents`).
         """
-        prior, settings = self._sampling(steps, sampler)
+        prior, settings = self._branching(fix_layers, branches), self._settings(steps, sampler)
+        own = torch.tensor([[sample_seed(int(seed), j) for j in range(branches)] for seed in seeds])
+        held = latents[:, :fix_layers].repeat_interleave(branches, dim=0)
+        size = self.experiment.sampling.batch_size
+        parts = [
+            prior.sample(part.to(self.device), prefix=prefix, **settings)
+            for part, prefix in zip(own.flatten().split(size), held.split(size), strict=True)
+        ]
+        return torch.cat(parts).unflatten(0, own.shape), own
+
+    def check_branches(self, fix_layers: int, branches: int) -> None:
+        """Raise ValueError where `sample_branches` would."""
+        self._branching(fix_layers, branches)
+
+    def _branching(self, fix_layers: int, branches: int) -> HierarchicalDiffusionModel:
+        prior = self._trained_prior()
         if not isinstance(prior, HierarchicalDiffusionModel):
             raise ValueError(
                 f"fix_layers={fix_layers}: this run's prior, {self.experiment.prior.kind}, draws a latent as a whole; "
@@ -123,24 +138,16 @@ class FieldModel:
             raise ValueError(f"fix_layers={fix_layers} must lie in 0..{num_layers}, the layers of this run's network")
         if branches < 1:
             raise ValueError(f"branches={branches} must be at least 1")
-        own = torch.tensor([[sample_seed(int(seed), j) for j in range(branches)] for seed in seeds])
-        held = latents[:, :fix_layers].repeat_interleave(branches, dim=0)
-        size = self.experiment.sampling.batch_size
-        parts = [
-            prior.sample(part.to(self.device), prefix=prefix, **settings)
-            for part, prefix in zip(own.flatten().split(size), held.split(size), strict=True)
-        ]
-        return torch.cat(parts).unflatten(0, own.shape), own
+        return prior
 
-    def _sampling(self, steps: int | None, sampler: Sampler | None) -> tuple[LatentPrior, dict[str, Any]]:
-        """The prior, and how to sample from it."""
+    def _trained_prior(self) -> LatentPrior:
         if self.prior is None:
             raise ValueError(f"{self.folder}/prior/model.safetensors does not exist: {_UNFINISHED}")
+        return self.prior
+
+    def _settings(self, steps: int | None, sampler: Sampler | None) -> dict[str, Any]:
         sampling = self.experiment.sampling
-        return self.prior, {
-            "steps": sampling.steps if steps is None else steps,
-            "sampler": sampler or sampling.sampler,
-        }
+        return {"steps": sampling.steps if steps is None else steps, "sampler": sampler or sampling.sampler}
 
     @torch.no_grad()
     def encode(self, source: str | Path | Sequence[str | Path] | Signal) -> Field:
@@ -250,6 +257,8 @@ def sample_files(
             a row of the sheet for each sample, itself first. A .json beside the sheet says each one's seed.
     """
     resolution = _check_resolution(model, resolution)
+    if fix_layers is not None:
+        model.check_branches(fix_layers, branches)
     latents = model.sample_latents(count, seed=seed, steps=steps, sampler=sampler)
     seeds, columns = seeds_for(seed, count), None
     if fix_layers is not None:

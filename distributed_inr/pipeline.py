@@ -25,6 +25,7 @@ from distributed_inr.experiment import Experiment
 from distributed_inr.generation import read_experiment
 from distributed_inr.latents import LatentShards, refuse_foreign_latents, write_latents
 from distributed_inr.launch import Worker, in_ray_job, launcher
+from distributed_inr.models import LayersOfExperts
 from distributed_inr.run_folder import Stage, check_space, locked, settle_checkpoints, settle_output, write_text
 from distributed_inr.training import checkpoint, ledger
 from distributed_inr.training.bank import MAPPED_ABOVE, Bank, num_bytes
@@ -49,6 +50,11 @@ def run(experiment: Experiment) -> dict[str, Path]:
 
     Raises ValueError, before any work, where the options do not fit each other, the data or the run folder.
     """
+    if isinstance(experiment.autoencoder, LayersOfExperts) and experiment.autoencoder.folded:
+        raise ValueError(
+            "autoencoder.folded=True holds a trained network's weights without its experts, and cannot be trained; "
+            "leave it out"
+        )
     experiment = settle_output(experiment, shared=in_ray_job())
     train_index, val_index = _indexes(experiment)
     experiment = experiment.settle(train_index.num_samples)

@@ -175,14 +175,14 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     if analysis.signals:
         sources = typing.get_args(Source)
         parser.add_argument(
-            "--from", dest="source", choices=sources, default="training", help="where signals come from (training)"
+            "--from", dest="source", choices=sources, help="where signals come from (default: training)"
         )
         parser.add_argument("--numbers", type=int, nargs="+", help="which of them, from 0 (default: evenly spaced)")
         parser.add_argument("--files", nargs="+", help="one's own pictures in place of these")
         if not analysis.fixed_signals:
             text = f"how many (default: {analysis.signals})"
-            parser.add_argument("--signals", type=int, default=analysis.signals, help=text)
-        parser.add_argument("--seed", type=int, default=0, help="of samples (default: 0)")
+            parser.add_argument("--signals", type=int, help=text)
+        parser.add_argument("--seed", type=int, help="of samples (default: 0)")
         parser.add_argument("--steps", type=int, help="network evaluations a sample (default: the run's)")
     if analysis.signals or "allow_pipe" in analysis.needs:
         parser.add_argument(
@@ -195,15 +195,26 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
 
 def chosen(model: FieldModel, given: argparse.Namespace, analysis: Analysis) -> Latents:
     """The signals that an analysis is about."""
+    names = {"source": "--from", "signals": "--signals", "numbers": "--numbers", "seed": "--seed", "steps": "--steps"}
+    present = {name for name in names if getattr(given, name, None) is not None}
+    if given.files:
+        unused, why = present, "--files says which signals"
+    elif given.source != "samples":
+        unused, why = present & {"seed", "steps"}, "they are about --from samples"
+    else:
+        unused, why = set(), ""
+    if "numbers" in present and not unused:
+        unused, why = present & {"signals"}, "--numbers says how many"
+    if unused:
+        raise ValueError(f"{', '.join(names[name] for name in names if name in unused)} would change nothing: {why}")
     if given.files:
         return file_latents(model, given.files)
-    count = getattr(given, "signals", analysis.signals)
     return choose(
         model,
-        given.source,
-        count=count,
+        given.source or "training",
+        count=analysis.signals if getattr(given, "signals", None) is None else given.signals,
         numbers=given.numbers,
-        seed=given.seed,
+        seed=given.seed or 0,
         steps=given.steps,
         allow_pipe=given.allow_pipe,
     )

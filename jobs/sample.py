@@ -24,8 +24,10 @@ def main() -> None:
     parser.add_argument("--sampler", choices=typing.get_args(Sampler), help="default: the run's sampling.sampler")
     parser.add_argument("--out", type=Path, help="folder (default: samples in RUN, or here where RUN is read-only)")
     parser.add_argument("--fix-layers", type=int, help="hold so many first layers of each sample and redraw the rest")
-    parser.add_argument("--branches", type=int, default=4, help="with --fix-layers: how often (default: 4)")
+    parser.add_argument("--branches", type=int, help="with --fix-layers: how often (default: 4)")
     given = parser.parse_args()
+    if given.branches is not None and given.fix_layers is None:
+        raise ValueError(f"--branches {given.branches} redraws layers after held ones; say how many: --fix-layers")
     paths = sample_files(
         load(given.run),
         given.out,
@@ -35,7 +37,7 @@ def main() -> None:
         steps=given.steps,
         sampler=given.sampler,
         fix_layers=given.fix_layers,
-        branches=given.branches,
+        branches=4 if given.branches is None else given.branches,
     )
     print(*paths, sep="\n")
 

@@ -82,6 +82,22 @@ def test_every_analysis_writes_its_pictures_and_its_numbers(
             assert json.loads((out / made).read_text())["run"] == "chinr/tiny"
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("retrieval --files own.png --signals 2", "--signals would change nothing: --files says which signals"),
+        ("retrieval --seed 3 --steps 2", "--seed, --steps would change nothing: they are about --from samples"),
+        ("retrieval --numbers 1 2 --signals 3", "--signals would change nothing: --numbers says how many"),
+        ("retrieval --from samples --numbers -1", "numbers: -1 is negative"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(
+    line: str, message: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert run_here(monkeypatch, str(run), *line.split()) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_written_tree_says_how_to_draw_each_node_again(run: Path, monkeypatch: pytest.MonkeyPatch):
     assert run_here(monkeypatch, str(run), "tree", "--fix-layers", "2", "--branches", "3", "--seed", "9") == 0
     written = json.loads((run / "analysis" / "tree" / "tree.json").read_text())

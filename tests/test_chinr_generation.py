@@ -1,6 +1,8 @@
 """A finished CHINR run as a person uses it: samples with held layers, one's own picture, export."""
 
 import json
+import runpy
+import sys
 import warnings
 from pathlib import Path
 
@@ -106,6 +108,22 @@ def test_ones_own_picture_is_fitted_by_the_inner_loop(model: FieldModel, tmp_pat
     assert field.parameters[0].requires_grad is False
     zero = model.decode(torch.zeros(1, 4, 8))
     assert not torch.equal(field.render(16), zero.render(16))
+
+
+def test_what_cannot_be_branched_is_refused_before_anything_is_drawn(
+    model: FieldModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(FieldModel, "sample_latents", lambda *args, **settings: pytest.fail("drew"))
+    for changes, message in (({"fix_layers": 5}, "fix_layers=5"), ({"fix_layers": 1, "branches": 0}, "branches=0")):
+        with pytest.raises(ValueError, match=message):
+            sample_files(model, tmp_path, count=1, **changes)
+
+
+def test_branches_without_held_layers_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jobs/sample.py", str(run), "--branches", "3"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path("jobs/sample.py", run_name="__main__")
+    assert ended.value.code == 2 and "--fix-layers" in capsys.readouterr().err
 
 
 def test_an_exported_run_is_folded_and_draws_the_same_functions(run: Path, model: FieldModel, tmp_path: Path):

@@ -125,6 +125,12 @@ def test_latents_of_another_autoencoder_are_refused(experiment: Experiment, tmp_
         pipeline.run(override(other, {"prior_training.num_samples": 4}))
 
 
+def test_a_folded_network_is_not_trained(experiment: Experiment):
+    with pytest.raises(ValueError, match="autoencoder.folded=True holds a trained network's weights"):
+        pipeline.run(override(experiment, {"autoencoder.folded": True}))
+    assert not experiment.folder.exists()
+
+
 def test_a_condition_longer_than_the_latents_is_refused_before_training(experiment: Experiment, tmp_path: Path):
     wrong = override(experiment, {"output": str(tmp_path), "prior.condition_bits": 25})
     with pytest.raises(ValueError, match=r"prior\.condition_bits=25 must be at most 24, the numbers of the 3 latents"):

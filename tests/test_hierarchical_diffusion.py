@@ -297,3 +297,13 @@ def test_planes_and_vectors_go_to_the_priors_that_take_them():
             HierarchicalDiffusion(denoiser=ConvolutionalUNet(), condition_bits=1).build((4, latent_dim))
     with pytest.raises(ValueError, match="channels=8 times the last multiplier 2 must be a multiple of 32"):
         ConvolutionalUNet(channels=8, multipliers=(1, 2))
+
+
+def test_a_learned_projection_without_conditions_is_refused():
+    with pytest.raises(ValueError, match="prior.projection=straight-through has nothing to learn"):
+        HierarchicalDiffusion(denoiser=TINY, condition_bits=0, projection="straight-through").build(SHAPE)
+
+
+def test_a_convolutional_network_without_levels_is_refused():
+    with pytest.raises(ValueError, match="multipliers"):
+        ConvolutionalUNet(multipliers=())

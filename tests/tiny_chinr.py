@@ -20,7 +20,7 @@ def chinr_experiment(folder: Path) -> Experiment:
         output=tiny.output,
         domain=override(tiny.domain, {"scales": (1.0,), "scale_weights": (1.0,), "flip": False}),
         data=tiny.data,
-        autoencoder=LayersOfExperts(num_layers=4, num_experts=4, width=16, latent_dim=8, num_points=64),
+        autoencoder=LayersOfExperts(num_layers=4, num_experts=9, width=16, latent_dim=8, num_points=64),
         prior=HierarchicalDiffusion(denoiser=MLPUNet(width=16, num_blocks=1), condition_bits=3),
         autoencoder_training=tiny.autoencoder_training,
         prior_training=tiny.prior_training,

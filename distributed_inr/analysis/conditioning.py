@@ -103,7 +103,7 @@ class LayerDeviations:
         within: of each condition's draws, z-scored.
         unconditional: of draws over the conditions of the training latents, z-scored.
         scale: the training latents' deviation: raw deviations are the z-scored ones times this.
-        alone: part of the training latents whose condition no other training latent has, in [0, 1].
+        alone: part of the training latents used whose condition no other of them has, in [0, 1].
     """
 
     layer: int
@@ -153,7 +153,7 @@ def deviations(
     draw, total = _Draws(prior, sampler, steps, seed), count * samples
     latents = training_latents(model, most=most).values.to(model.device)
     training_bits, drawn_bits = prior.bits(latents), prior.bits(draw.signals(count))
-    of = torch.arange(total, device=model.device) % len(latents)
+    of = torch.arange(total, device=model.device) * len(latents) // total  # evenly spaced, each once or more, or fewer
     found = []
     for layer in range(1, latents.shape[1] + 1):
         logger.info("layer %d of %d", layer, latents.shape[1])

@@ -75,6 +75,8 @@ def choose(
     if source == "held-out":
         return held_out_latents(model, most=count, numbers=numbers, allow_pipe=allow_pipe)
     numbers = range(count) if numbers is None else numbers
+    if min(numbers) < 0:
+        raise ValueError(f"numbers: {min(numbers)} is negative; a seed's draws are counted from 0")
     seeds = torch.tensor([sample_seed(seed, number) for number in numbers])
     keys = [f"seed {seed}, sample {number}" for number in numbers]
     return Latents(keys, keys, draw(model, seeds, steps=steps), source)

@@ -70,8 +70,6 @@ class HierarchicalDiffusionModel(LatentPrior):
     """
 
     projection: Tensor
-    latent_mean: Tensor
-    latent_deviation: Tensor
 
     def __init__(self, cfg: HierarchicalDiffusion, latent_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -87,6 +85,11 @@ class HierarchicalDiffusionModel(LatentPrior):
             raise ValueError(
                 f"prior.condition_bits={cfg.condition_bits} must be at most {most}, the numbers of the "
                 f"{num_layers - 1} latents that conditions are made from; try {min(12, latent_dim, most)}"
+            )
+        if cfg.condition_bits == 0 and cfg.projection != "fixed":
+            raise ValueError(
+                f"prior.projection={cfg.projection} has nothing to learn without conditions (prior.condition_bits=0); "
+                "use fixed"
             )
         self.cfg, self.latent_shape = cfg, latent_shape
         shared = cfg.networks == "shared"

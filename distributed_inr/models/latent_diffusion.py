@@ -49,9 +49,6 @@ class LatentDiffusionModel(LatentPrior):
         latent_mean, latent_deviation: statistics of the training latents, of `statistics_shape(latent_shape)`.
     """
 
-    latent_mean: Tensor
-    latent_deviation: Tensor
-
     def __init__(self, cfg: LatentDiffusion, latent_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.cfg, self.latent_shape = cfg, latent_shape

@@ -15,6 +15,9 @@ class LatentPrior(nn.Module, ABC):
 
     latent_shape: tuple[int, ...]
     """Shape of one latent: planes [channels, height, width], or vectors [layers, latent_dim]."""
+    latent_mean: Tensor
+    latent_deviation: Tensor
+    """Statistics of the training latents, of `statistics_shape(latent_shape)`."""
 
     @abstractmethod
     def forward(self, signal: Signal) -> dict[str, Tensor]:

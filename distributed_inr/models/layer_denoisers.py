@@ -34,7 +34,7 @@ class ConvolutionalUNet:
     kind: Literal["conv-unet"] = "conv-unet"
     channels: Annotated[int, pydantic.Field(gt=0)] = 64
     """Channels of the finest level."""
-    multipliers: tuple[int, ...] = (1, 2, 4)
+    multipliers: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] = (1, 2, 4)
     """Channels of each level over `channels`, finest first; every level halves the length."""
 
     def __post_init__(self) -> None:

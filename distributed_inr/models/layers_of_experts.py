@@ -62,7 +62,8 @@ class LayersOfExperts:
     fitting: AnyFitting = MetaLearning()
     """How latents are found."""
     folded: bool = False
-    """Hold theta_0 and M in place of experts and gates: the same functions, cheaper to decode; not to be trained."""
+    """Hold theta_0 and M in place of experts and gates, as exports do: the same functions, cheaper to decode. Not to be
+    trained."""
 
     def check(self, domain: Domain) -> None:
         """Raise ValueError where the network does not fit the domain's signals; it takes those of any."""
@@ -109,8 +110,8 @@ class LayersOfExpertsModel(FieldAutoencoder):
             loss, losses = self._mean_loss(latent, seen, drawn)
         for key, is_finite in zip(signal.key, losses.isfinite().tolist(), strict=True):
             if not is_finite:
-                logger.warning("%s: fitting its latent ended in values that are not finite; try smaller rates", key)
-        return {"reconstruction": loss}
+                logger.warning("%s: its latent's fit is not finite; try a smaller %s", key, self._rate_option)
+        return {"reconstruction": loss} | self._penalties(latent)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the inner loop and the loss as one graph. Compiling less gives first-order gradients, silently."""
@@ -121,21 +122,25 @@ class LayersOfExpertsModel(FieldAutoencoder):
         fitting, measurements = self.cfg.fitting, self.domain.measurements(signal)
         start = self._example.new_zeros(len(signal), *self.latent_shape)
 
-        def error(weights: Weights) -> Tensor:
+        def nll(weights: Weights) -> Tensor:
             return self._nll(weights, measurements)
 
         with torch.autocast(start.device.type, enabled=False):
             if isinstance(fitting, MetaLearning):
-                descent = descend(self._mix, error, start, rates=self._rates(), steps=fitting.steps)
-                latent = descent.latents[-1]
+                latent = descend(self._mix, nll, start, rates=self._rates(), steps=fitting.steps).latents[-1]
             else:
                 latent = optimise(
-                    lambda h: error(self._mix(h)), start, lr=fitting.encode_lr, steps=fitting.encode_steps
+                    lambda h: nll(self._mix(h)) + fitting.penalty * squared_length(h),
+                    start,
+                    lr=fitting.encode_lr,
+                    steps=fitting.encode_steps,
                 )
         finite = latent.flatten(1).isfinite().all(dim=1).tolist()
         if not all(finite):
             keys = ", ".join(key for key, is_finite in zip(signal.key, finite, strict=True) if not is_finite)
-            raise FloatingPointError(f"{keys}: fitting the latent ended in values that are not finite; train again")
+            raise FloatingPointError(
+                f"{keys}: the latent's fit is not finite; train with a smaller {self._rate_option}"
+            )
         return latent.detach(), None
 
     def decode(self, latent: Float[Tensor, "batch layers latent_dim"]) -> Field:
@@ -143,12 +148,15 @@ class LayersOfExpertsModel(FieldAutoencoder):
 
     @torch.no_grad()
     def for_sampling(self) -> "LayersOfExpertsModel":
-        """The same functions with theta_0 and M in each layer: exact, because the gates are linear in the latent."""
-        if self.cfg.folded:
+        """The same functions with theta_0 and M in each layer: exact, because the gates are linear in the latent.
+
+        Itself where M, with a row for each number of the latent, would be larger than the experts.
+        """
+        if self.cfg.folded or self.cfg.modulation == "shift" or self.cfg.latent_dim > self.cfg.num_experts:
             return self
         model = replace(self.cfg, folded=True).build(self.domain).to(self._example)
         for layer, folded in zip(self.layers, model.layers, strict=True):
-            assert isinstance(layer, ExpertLayer | ShiftLayer) and isinstance(folded, FoldedLayer)
+            assert isinstance(layer, ExpertLayer) and isinstance(folded, FoldedLayer)
             base, basis = layer.fold()
             folded.base.copy_(base)
             folded.basis.copy_(basis)
@@ -211,8 +219,7 @@ class LayersOfExpertsModel(FieldAutoencoder):
         """The error of each signal on the drawn measurements, after its latent was fitted to the seen ones."""
         fitting = self.cfg.fitting
         if isinstance(fitting, AutoDecoding):
-            penalty = fitting.penalty * latent.square().flatten(1).sum(1)
-            return self._nll(self._mix(latent), drawn) + penalty, Descent(latent[None], ())
+            return self._nll(self._mix(latent), drawn), Descent(latent[None], ())
         descent = descend(
             lambda h: self._mix(h, frozen=True),
             lambda weights: self._nll(weights, seen),
@@ -224,6 +231,12 @@ class LayersOfExpertsModel(FieldAutoencoder):
         )
         weights = self._mix(descent.latents[-1], frozen=True)
         return self._nll(probed(weights, probes, fitting.steps), drawn), descent
+
+    def _penalties(self, latent: Tensor) -> dict[str, Tensor]:
+        fitting = self.cfg.fitting
+        if isinstance(fitting, MetaLearning) or not fitting.penalty:
+            return {}
+        return {"penalty": fitting.penalty * squared_length(latent).mean()}
 
     def _mix(self, latent: Tensor, *, frozen: bool = False) -> Weights:
         """Each layer's weights [batch, in_dim_and_bias, out_dim]. frozen: with experts that autograd does not see."""
@@ -240,6 +253,12 @@ class LayersOfExpertsModel(FieldAutoencoder):
     def _nll(self, weights: Weights, measurements: Measurements) -> Float[Tensor, " batch"]:
         queries, values = measurements
         return self.domain.nll(self.domain.observe(self._field(weights), queries), values)
+
+    @property
+    def _rate_option(self) -> str:
+        if isinstance(self.cfg.fitting, AutoDecoding):
+            return "autoencoder.fitting.encode_lr"
+        return "autoencoder.fitting.rate" if self.rates is None else "autoencoder_training.optim.lr"
 
     def _rates(self) -> Tensor | float:
         assert isinstance(self.cfg.fitting, MetaLearning)
@@ -319,11 +338,6 @@ class ShiftLayer(nn.Module):
         weights = self.theta[:-1].expand(len(latent), -1, -1)
         return torch.cat([weights, (self.theta[-1] + self.shift(latent))[:, None]], dim=1)
 
-    def fold(self) -> tuple[Tensor, Tensor]:
-        basis = self.theta.new_zeros(self.shift.in_features, *self.theta.shape)
-        basis[:, -1] = self.shift.weight.T
-        return self.theta.flatten(), basis.flatten(1)
-
 
 class FoldedLayer(nn.Module):
     """Weights and biases as theta_0 + h M."""
@@ -356,6 +370,10 @@ def _evaluate(mixed: tuple[Tensor, ...], coords: Tensor, view: Tensor | None) ->
 
 def _affine(x: Tensor, theta: Tensor) -> Tensor:
     return torch.baddbmm(theta[:, -1:], x, theta[:, :-1])
+
+
+def squared_length(latent: Float[Tensor, "batch layers latent_dim"]) -> Float[Tensor, " batch"]:
+    return latent.square().flatten(1).sum(1)
 
 
 def _rows(measurements: Measurements, part: slice) -> Measurements:
