@@ -3,13 +3,15 @@
 import dataclasses
 import logging
 import math
+import shutil
 
 import pytest
 import torch
+from processes import run_processes
 from torch import Tensor, nn
 
 from distributed_inr.domains import Signal
-from distributed_inr.models.denoisers import UNet
+from distributed_inr.models.denoisers import MLP, UNet
 from distributed_inr.models.hierarchical_diffusion import HierarchicalDiffusion, HierarchicalDiffusionModel
 from distributed_inr.models.latent_diffusion import LatentDiffusion
 from distributed_inr.models.layer_denoisers import ConvolutionalUNet, MLPUNet
@@ -307,3 +309,23 @@ def test_a_learned_projection_without_conditions_is_refused():
 def test_a_convolutional_network_without_levels_is_refused():
     with pytest.raises(ValueError, match="multipliers"):
         ConvolutionalUNet(multipliers=())
+
+
+def compare_compiled() -> dict[str, float]:
+    """Differences of the compiled losses; in a process of its own, because type checks do not compile."""
+    found = {}
+    latent = LatentDiffusion(denoiser=MLP(width=32, num_blocks=1)).build(SHAPE)
+    for name, model in (("hierarchical", build()), ("latent", latent)):
+        (expected,) = model(batch(latents())).values()
+        model.compile()
+        (loss,) = model(batch(latents())).values()
+        found[name] = abs(loss.item() / expected.item() - 1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
+def test_the_compiled_losses_are_the_same_from_one_graph_a_network():
+    (differences,) = run_processes(compare_compiled, 1)
+    assert max(differences.values()) <= 1e-5

@@ -7,7 +7,7 @@ section 3.3). Holding the first layers' latents holds the conditions of all that
 import logging
 import math
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
@@ -124,6 +124,11 @@ class HierarchicalDiffusionModel(LatentPrior):
         layers = torch.arange(num_layers, device=clean.device).repeat(batch)
         predicted = self._denoise(noisy, timesteps, layers, bits.flatten(0, 1))
         return {"diffusion": (predicted.float() - target).square().mean()}
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the networks; the noise is drawn by integer arithmetic that would be compiled anew for every name."""
+        for denoiser in self.denoisers:
+            denoiser.compile(*args, **kwargs)
 
     def normalise_from(self, mean: Float[Tensor, "layers dim"], deviation: Float[Tensor, "layers dim"]) -> None:
         self.latent_mean.copy_(mean)

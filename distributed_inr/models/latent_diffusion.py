@@ -1,6 +1,6 @@
 """Latent diffusion: a denoising diffusion model over latents (DDMI, section 3.2, eq. 10)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
@@ -66,6 +66,10 @@ class LatentDiffusionModel(LatentPrior):
         noisy, target = self.chain.add_noise(clean, timesteps, noise)
         predicted = self.denoiser(noisy, timesteps)
         return {"diffusion": (predicted.float() - target).square().mean()}
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the network; the noise is drawn by integer arithmetic that would be compiled anew for every name."""
+        self.denoiser.compile(*args, **kwargs)
 
     def normalise_from(self, mean: Float[Tensor, "*statistics"], deviation: Float[Tensor, "*statistics"]) -> None:
         self.latent_mean.copy_(mean.view_as(self.latent_mean))

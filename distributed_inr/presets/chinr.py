@@ -20,7 +20,7 @@ def furniture_image() -> Experiment:
 
     python jobs/train_chinr.py
     """
-    autoencoder_samples, prior_samples = 30_000, 240_000
+    autoencoder_samples, prior_samples = 36_000, 240_000
     return Experiment(
         name="furniture-image",
         family="chinr",
@@ -32,16 +32,19 @@ def furniture_image() -> Experiment:
             width=64,
             latent_dim=64,
             num_points=512,
-            # Larger rates, or larger steps of the optimizer, can make the inner loop chaotic (LOG.md).
-            fitting=MetaLearning(rate=0.01, num_points=512),
+            # With SIREN's frequency of 30, or experts that start smaller, larger steps make the inner loop chaotic
+            # (LOG.md).
+            omega=15.0,
+            expert_scale="sqrt",
+            fitting=MetaLearning(rate=6e-4, num_points=512),
         ),
         prior=HierarchicalDiffusion(denoiser=MLPUNet(width=256, num_blocks=3)),
         autoencoder_training=Training(
             num_samples=autoencoder_samples,
             batch_size=8,
-            optim=Optim(lr=5e-4, betas=(0.9, 0.99), warmup_samples=1_600),
+            optim=Optim(lr=1e-3, betas=(0.9, 0.99), warmup_samples=1_600),
             log_every_samples=800,
-            checkpoint_every_samples=7_500,
+            checkpoint_every_samples=9_000,
         ),
         prior_training=Training(
             num_samples=prior_samples,
@@ -52,7 +55,7 @@ def furniture_image() -> Experiment:
             checkpoint_every_samples=60_000,
             keep_checkpoints=4,
         ),
-        scale=Scale(zero_stage=1),
+        scale=Scale(zero_stage=1, compile=True),
         sampling=Sampling(count=16),
         evaluation=Evaluation(num_samples=256),
     )
