@@ -19,6 +19,7 @@ TINY = {
     "prior_training.batch_size": 4,
     "data.num_loaders": 0,
     "scale.engine": "accelerate",
+    "scale.compile": False,
     "scale.launcher": "none",
     "sampling.count": 2,
     "sampling.steps": 2,
@@ -37,7 +38,7 @@ TINY_AUTOENCODERS = {
         "autoencoder.width": 16,
         "autoencoder.latent_dim": 8,
         "autoencoder.num_points": 64,
-        "scale.compile": False,
+        "autoencoder.fitting.rate": 0.1,
     },
 }
 TINY_DENOISERS = {

@@ -20,7 +20,7 @@ def furniture_image() -> Experiment:
 
     python jobs/train_chinr.py
     """
-    autoencoder_samples, prior_samples = 36_000, 240_000
+    autoencoder_samples, prior_samples = 36_000, 160_000
     return Experiment(
         name="furniture-image",
         family="chinr",
@@ -52,7 +52,7 @@ def furniture_image() -> Experiment:
             optim=Optim(lr=1e-3, warmup_samples=6_400),
             ema_half_life_samples=10_000,
             log_every_samples=12_800,
-            checkpoint_every_samples=60_000,
+            checkpoint_every_samples=40_000,
             keep_checkpoints=4,
         ),
         scale=Scale(zero_stage=1, compile=True),
