@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
-import torch
 
 from distributed_inr.config import config
 from distributed_inr.data import storage
 from distributed_inr.data.reader import Data, ShardDataset
 from distributed_inr.data.shards import ShardIndex
-from distributed_inr.domains import AnyDomain, Signal
+from distributed_inr.domains import AnyDomain
 from distributed_inr.models import AnyAutoencoder, AnyPrior, LayersOfExperts
 from distributed_inr.models.latent_fitting import AutoDecoding
 from distributed_inr.models.noising import Sampler
@@ -114,10 +113,7 @@ class Experiment:
             )
 
     def _check_bank(self) -> None:
-        nobody = torch.zeros(0, dtype=torch.int64)
-        nothing = Signal(key=[], seed=nobody, position=nobody, inputs=torch.zeros(0, 1, 1, 1), text=[])
-        num_copies = len(self.domain.copies(nothing))
-        if num_copies > 1:
+        if (num_copies := self.domain.num_copies) > 1:
             raise ValueError(
                 f"domain.kind={self.domain.kind} trains on {num_copies} copies of each signal, and "
                 "autoencoder.fitting.kind=auto-decoding keeps one latent for each; leave the copies out (such as by "

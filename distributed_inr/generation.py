@@ -89,7 +89,7 @@ class FieldModel:
         """The latents of `sample`, drawn `sampling.batch_size` at a time."""
         if count < 1:
             raise ValueError(f"count={count} must be at least 1")
-        prior, settings = self._trained_prior(), self._settings(steps, sampler)
+        prior, settings = self.trained_prior, self.sampling_settings(steps, sampler)
         seeds = seeds_for(seed, count, start).split(self.experiment.sampling.batch_size)
         return torch.cat([prior.sample(part.to(self.device), **settings) for part in seeds])
 
@@ -112,7 +112,7 @@ class FieldModel:
         Args:
             seeds: of the latents, which the branches' own are made from (`seeds_for` for those of `sample_latents`).
         """
-        prior, settings = self._branching(fix_layers, branches), self._settings(steps, sampler)
+        prior, settings = self._branching(fix_layers, branches), self.sampling_settings(steps, sampler)
         own = torch.tensor([[sample_seed(int(seed), j) for j in range(branches)] for seed in seeds])
         held = latents[:, :fix_layers].repeat_interleave(branches, dim=0)
         size = self.experiment.sampling.batch_size
@@ -127,7 +127,7 @@ class FieldModel:
         self._branching(fix_layers, branches)
 
     def _branching(self, fix_layers: int, branches: int) -> HierarchicalDiffusionModel:
-        prior = self._trained_prior()
+        prior = self.trained_prior
         if not isinstance(prior, HierarchicalDiffusionModel):
             raise ValueError(
                 f"fix_layers={fix_layers}: this run's prior, {self.experiment.prior.kind}, draws a latent as a whole; "
@@ -140,12 +140,15 @@ class FieldModel:
             raise ValueError(f"branches={branches} must be at least 1")
         return prior
 
-    def _trained_prior(self) -> LatentPrior:
+    @property
+    def trained_prior(self) -> LatentPrior:
+        """The prior. Raises ValueError where the run has not come that far."""
         if self.prior is None:
             raise ValueError(f"{self.folder}/prior/model.safetensors does not exist: {_UNFINISHED}")
         return self.prior
 
-    def _settings(self, steps: int | None, sampler: Sampler | None) -> dict[str, Any]:
+    def sampling_settings(self, steps: int | None, sampler: Sampler | None) -> dict[str, Any]:
+        """How `prior.sample` is told to draw; None takes the run's own."""
         sampling = self.experiment.sampling
         return {"steps": sampling.steps if steps is None else steps, "sampler": sampler or sampling.sampler}
 
@@ -256,7 +259,7 @@ def sample_files(
         fix_layers: of each sample, hold the latents of so many first layers and draw the others anew, `branches` times:
             a row of the sheet for each sample, itself first. A .json beside the sheet says each one's seed.
     """
-    resolution = _check_resolution(model, resolution)
+    resolution = check_resolution(model, resolution)
     if fix_layers is not None:
         model.check_branches(fix_layers, branches)
     latents = model.sample_latents(count, seed=seed, steps=steps, sampler=sampler)
@@ -310,7 +313,7 @@ def reconstruct_files(
         out: None takes `reconstructions` inside the run folder, or in the working directory where the run is read-only.
         resolution: pixels a side; None takes the domain's base resolution.
     """
-    resolution = _check_resolution(model, resolution)
+    resolution = check_resolution(model, resolution)
     signals = [read_file(model.domain, Path(file)) for file in files]  # all are read before anything is written
     out = make_folder(out or default_folder(model.folder, "reconstructions"))
     paths: list[Path] = []
@@ -338,11 +341,10 @@ def export(run: str | Path, out: Path) -> None:
     The report is the run's own, of its float32 weights. Addresses of data and caches stay in config.json as they are.
     """
     model = load(run, device="cpu")
-    if model.prior is None:
-        raise ValueError(f"{model.folder}/prior/model.safetensors does not exist: {_UNFINISHED}")
+    prior = model.trained_prior
     if out.exists():
         raise ValueError(f"{out} exists; choose another folder with --out, or delete it")
-    for name, module in (("autoencoder", model.autoencoder), ("prior", model.prior)):
+    for name, module in (("autoencoder", model.autoencoder), ("prior", prior)):
         state = module.state_dict()
         weights = {key: (t.half() if t.is_floating_point() else t).contiguous() for key, t in state.items()}
         if not all(t.isfinite().all() for t in weights.values()):
@@ -382,7 +384,8 @@ def _batch(signals: Sequence[Signal]) -> Signal:
     )
 
 
-def _check_resolution(model: FieldModel, resolution: int | None) -> int:
+def check_resolution(model: FieldModel, resolution: int | None) -> int:
+    """Pixels a side to read out at; None takes the domain's. Raises ValueError where no picture can be that large."""
     resolution = model.domain.size if resolution is None else resolution
     if not 1 <= resolution <= MAX_RESOLUTION:
         raise ValueError(f"resolution={resolution} must lie in 1..{MAX_RESOLUTION} pixels a side")

@@ -161,7 +161,7 @@ class LatentShards:
         shape = autoencoder.latent_shape
         members = [128 + 4 * math.prod(shape)] + [1] * (bool(signal.text) + (not autoencoder.is_variational))
         size = sum(512 + -(-member // 512) * 512 for member in members)
-        return LatentShards(shape, index.num_samples, len(experiment.domain.copies(collate([signal]))), size)
+        return LatentShards(shape, index.num_samples, experiment.domain.num_copies, size)
 
     @property
     def num_bytes(self) -> int:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from distributed_inr.analysis.sources import (
     Latents,
     check_layers,
-    check_pipe,
     draw,
     held_out_split,
     hierarchical,
@@ -23,7 +22,7 @@ from distributed_inr.config import differences, to_dict
 from distributed_inr.domains import Signal
 from distributed_inr.domains.domain import seeds_for
 from distributed_inr.evaluation import metrics
-from distributed_inr.evaluation.evaluate import Split
+from distributed_inr.evaluation.evaluate import Split, check_pipe, unit
 from distributed_inr.generation import FieldModel
 
 SHOWN = 8
@@ -268,11 +267,6 @@ def ablation(
     weights = [run.autoencoder.state_dict() for run in (model, other)]
     same = weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
     return Ablation(arms[0], arms[1], count, len(reference), held_out, held_out_error, same)
-
-
-def unit(pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
-    """What an encoder sees, [-1, 1], as a picture in [0, 1]."""
-    return (pixels + 1) / 2
 
 
 def _features(network: nn.Module, batches: Iterable[Tensor]) -> Float[Tensor, "count features"]:

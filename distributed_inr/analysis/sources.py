@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
@@ -13,9 +13,8 @@ from torch import Tensor
 
 from distributed_inr.data import storage
 from distributed_inr.data.reader import read_latent
-from distributed_inr.evaluation.evaluate import Split, spread
-from distributed_inr.generation import MAX_RESOLUTION, FieldModel, read_file
-from distributed_inr.models import LatentPrior
+from distributed_inr.evaluation.evaluate import Split, check_pipe, spread
+from distributed_inr.generation import FieldModel, check_resolution, read_file
 from distributed_inr.models.hierarchical_diffusion import HierarchicalDiffusionModel
 from distributed_inr.models.latent_diffusion import LatentDiffusionModel
 from distributed_inr.models.noising import Sampler
@@ -87,9 +86,9 @@ def draw(
     model: FieldModel, seeds: Int64[Tensor, " count"], *, steps: int | None = None, sampler: Sampler | None = None
 ) -> Float[Tensor, "count *latent_shape"]:
     """One latent from the prior for each seed, `sampling.batch_size` at a time, on the CPU; None is the run's own."""
-    prior, sampling = prior_of(model), model.experiment.sampling
-    how: dict[str, Any] = {"sampler": sampler or sampling.sampler, "steps": sampling.steps if steps is None else steps}
-    return torch.cat([prior.sample(part.to(model.device), **how).cpu() for part in seeds.split(sampling.batch_size)])
+    prior, how = model.trained_prior, model.sampling_settings(steps, sampler)
+    parts = seeds.split(model.experiment.sampling.batch_size)
+    return torch.cat([prior.sample(part.to(model.device), **how).cpu() for part in parts])
 
 
 def training_latents(model: FieldModel, *, most: int = MOST, numbers: Sequence[int] | None = None) -> Latents:
@@ -189,29 +188,9 @@ def held_out_split(model: FieldModel, *, allow_pipe: bool = False) -> Split:
     return Split(model, url)
 
 
-def check_pipe(model: FieldModel, *, allow_pipe: bool) -> None:
-    """Refuse to run commands that a run folder, perhaps somebody else's, names as its data."""
-    data = model.experiment.data
-    if data.allow_pipe and not allow_pipe:
-        raise ValueError(
-            f"{model.folder}/config.json has data.allow_pipe=true: reading its data could run the commands in "
-            f"data.train={data.train!r} or data.val={data.val!r}; give --allow-pipe if you trust them"
-        )
-
-
-def prior_of(model: FieldModel) -> LatentPrior:
-    """The run's prior. Raises ValueError where it is not trained yet."""
-    if model.prior is None:
-        raise ValueError(
-            f"{model.folder}/prior/model.safetensors does not exist: the prior is not trained; run the training job "
-            "to the end"
-        )
-    return model.prior
-
-
 def hierarchical(model: FieldModel, analysis: str) -> HierarchicalDiffusionModel:
     """The prior of a run that draws its layers one after the other. Raises ValueError where it does not."""
-    prior = prior_of(model)
+    prior = model.trained_prior
     if not isinstance(prior, HierarchicalDiffusionModel):
         raise ValueError(
             f"prior.kind={model.experiment.prior.kind} of {model.folder} draws all layers at once, and {analysis} "
@@ -243,7 +222,7 @@ def check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
 
 def statistics(model: FieldModel) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the training latents, as the prior keeps them, on the CPU; they broadcast over a latent."""
-    prior = prior_of(model)
+    prior = model.trained_prior
     assert isinstance(prior, HierarchicalDiffusionModel | LatentDiffusionModel)
     return prior.latent_mean.cpu(), prior.latent_deviation.cpu()
 
@@ -263,9 +242,7 @@ def render(
     Args:
         resolution: pixels a side; None takes the domain's base resolution.
     """
-    resolution = model.domain.size if resolution is None else resolution
-    if not 1 <= resolution <= MAX_RESOLUTION:
-        raise ValueError(f"resolution={resolution} must lie in 1..{MAX_RESOLUTION} pixels a side")
+    resolution = check_resolution(model, resolution)
     parts = values.split(model.experiment.evaluation.batch_size)
     return torch.cat([model.decode(part).render(resolution).cpu() for part in parts])
 

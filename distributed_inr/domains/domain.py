@@ -127,6 +127,11 @@ class Domain(ABC):
     def read(self, record: Record, seed: int) -> Signal:
         """Decode one shard record on the CPU. Raises ValueError when the sample is bad (the reader replaces it)."""
 
+    @property
+    @abstractmethod
+    def num_copies(self) -> int:
+        """How many `copies` there are of a batch, itself counted."""
+
     @abstractmethod
     def copies(self, signal: Signal) -> tuple[Signal, ...]:
         """The batch and its deterministic augmented copies (such as the mirrored pictures)."""

@@ -96,6 +96,10 @@ class Image(Domain):
         zero = torch.zeros(1, dtype=torch.int64)
         return Signal(key=[key], seed=zero, position=zero, inputs=inputs, targets=square, text=[""])
 
+    @property
+    def num_copies(self) -> int:
+        return 2 if self.flip else 1
+
     def copies(self, signal: Signal) -> tuple[Signal, ...]:
         if not self.flip:
             return (signal,)

@@ -49,11 +49,7 @@ def evaluate(
     """
     begin = time.monotonic()
     model = load(run)
-    if model.experiment.data.allow_pipe and not allow_pipe:
-        raise ValueError(
-            f"{model.folder}/config.json has data.allow_pipe=true: evaluating it could run the commands in its "
-            f"data.train={model.experiment.data.train!r}; give --allow-pipe if you trust it"
-        )
+    check_pipe(model, allow_pipe=allow_pipe)
     experiment, folder = model.experiment, make_folder(out or model.folder)
     training = Split(model, experiment.data.train)
     held_out = None if experiment.data.val is None else Split(model, experiment.data.val)
@@ -130,8 +126,8 @@ def _survey(training: Split, bar: "Bar") -> Known:
     kept, copies = [], []
     for part, signal in training.numbered_batches(numbers):
         kept += part
-        total = total + _unit(signal.inputs).double().sum(0)
-        copies.append([thumbnails(_unit(copy.inputs)) for copy in training.domain.copies(signal)])
+        total = total + unit(signal.inputs).double().sum(0)
+        copies.append([thumbnails(unit(copy.inputs)) for copy in training.domain.copies(signal)])
         bar.advance(len(part))
     together = [torch.cat(parts) for parts in zip(*copies, strict=True)]
     return Known(kept, torch.as_tensor(total).float() / len(kept), together)
@@ -148,14 +144,14 @@ def _reconstructions(
     values: dict[str, list[Tensor]] = {}
     for signal in held_out.batches(numbers):
         assert signal.targets is not None
-        fields, truth = model.encode(signal), _unit(signal.inputs)
+        fields, truth = model.encode(signal), unit(signal.inputs)
         found, thumbnail = fields.render(size), metrics.thumbnail(truth, numbers=latent_numbers)
         measured = {name: metrics.METRICS[name](found, truth) for name in domain.metrics}
         measured["bicubic_same_numbers"] = metrics.psnr(thumbnail, truth)
         measured["mean_image"] = metrics.psnr(known.mean.expand_as(truth), truth)
         columns = {"held out": truth, "its function": found, f"bicubic from, {latent_numbers} numbers": thumbnail}
         if finest > size:  # the same functions on finer pixels, against the source that the encoder never saw
-            fine_truth, read_out = _unit(downscale(signal.targets, finest)), fields.render(finest)
+            fine_truth, read_out = unit(downscale(signal.targets, finest)), fields.render(finest)
             enlarged = metrics.enlarge(found, finest)
             measured[f"psnr_{finest}"] = metrics.psnr(read_out, fine_truth)
             measured[f"bicubic_enlargement_{finest}"] = metrics.psnr(enlarged, fine_truth)
@@ -199,12 +195,12 @@ def _neighbours(
     }
     if held_out is not None:
         batches = held_out.batches(held_out.spread(len(samples)))
-        calibration = torch.cat([known.nearest(thumbnails(_unit(signal.inputs)))[0] for signal in batches])
+        calibration = torch.cat([known.nearest(thumbnails(unit(signal.inputs)))[0] for signal in batches])
         found |= {"held_out_median": calibration.median().item(), "held_out_pictures": len(calibration)}
         pictures.held_out_distance = found["held_out_median"]
     for sample, distance, (number, copy) in list(zip(samples, distances.tolist(), places, strict=True))[:SHOWN]:
         neighbour = training.domain.copies(training.one(number))[copy]
-        pictures.neighbours.append((sample, _unit(neighbour.inputs[0]).cpu(), distance))
+        pictures.neighbours.append((sample, unit(neighbour.inputs[0]).cpu(), distance))
     return {"neighbours": found}
 
 
@@ -226,7 +222,7 @@ def _distances(
     numbers = training.spread(2 * len(samples))
 
     network = metrics.EfficientNetLite0().to(model.device)
-    reference = _features(network, (_unit(signal.inputs) for signal in training.batches(numbers)), bar)
+    reference = _features(network, (unit(signal.inputs) for signal in training.batches(numbers)), bar)
     features = _features(network, samples.split(evaluation.batch_size), bar)
     value, error = metrics.kid(features, reference)
     kid = {
@@ -238,7 +234,7 @@ def _distances(
     }
     if held_out is not None:
         batches = held_out.batches(held_out.spread(len(samples)))
-        value, error = metrics.kid(_features(network, (_unit(signal.inputs) for signal in batches), bar), reference)
+        value, error = metrics.kid(_features(network, (unit(signal.inputs) for signal in batches), bar), reference)
         kid |= {"held_out_value": value, "held_out_standard_error": error}
     course, few = [], min(CHECKPOINT_SAMPLES, len(samples))
     for seen, path in _checkpoints(model).items():
@@ -260,7 +256,7 @@ def _distances(
         left_out["fid, precision, recall"] = "evaluation.inception_weights is not set; no package brings these weights"
     else:
         inception = metrics.Inception(Path(evaluation.inception_weights).expanduser()).to(model.device)
-        reference = _features(inception, (_unit(signal.inputs) for signal in training.batches(numbers)), bar)
+        reference = _features(inception, (unit(signal.inputs) for signal in training.batches(numbers)), bar)
         measured = metrics.frechet_precision_recall(
             _features(inception, samples.split(evaluation.batch_size), bar), reference
         )
@@ -314,8 +310,18 @@ def thumbnails(pictures: Float[Tensor, "batch 3 height width"]) -> Float[Tensor,
     return nn.functional.interpolate(pictures, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def _unit(pixels: Tensor) -> Tensor:
-    """[-1, 1] to [0, 1]."""
+def check_pipe(model: FieldModel, *, allow_pipe: bool) -> None:
+    """Refuse to run commands that a run folder, perhaps somebody else's, names as its data."""
+    data = model.experiment.data
+    if data.allow_pipe and not allow_pipe:
+        raise ValueError(
+            f"{model.folder}/config.json has data.allow_pipe=true: reading its data could run the commands in "
+            f"data.train={data.train!r} or data.val={data.val!r}; give --allow-pipe if you trust them"
+        )
+
+
+def unit(pixels: Tensor) -> Tensor:
+    """What an encoder sees, [-1, 1], as a picture in [0, 1]."""
     return (pixels + 1) / 2
 
 
