@@ -112,7 +112,7 @@ class FieldModel:
         Args:
             seeds: of the latents, which the branches' own are made from (`seeds_for` for those of `sample_latents`).
         """
-        prior, settings = self._branching(fix_layers, branches), self.sampling_settings(steps, sampler)
+        prior, settings = self.branching_prior(fix_layers, branches), self.sampling_settings(steps, sampler)
         own = torch.tensor([[sample_seed(int(seed), j) for j in range(branches)] for seed in seeds])
         held = latents[:, :fix_layers].repeat_interleave(branches, dim=0)
         size = self.experiment.sampling.batch_size
@@ -122,11 +122,8 @@ class FieldModel:
         ]
         return torch.cat(parts).unflatten(0, own.shape), own
 
-    def check_branches(self, fix_layers: int, branches: int) -> None:
-        """Raise ValueError where `sample_branches` would."""
-        self._branching(fix_layers, branches)
-
-    def _branching(self, fix_layers: int, branches: int) -> HierarchicalDiffusionModel:
+    def branching_prior(self, fix_layers: int, branches: int) -> HierarchicalDiffusionModel:
+        """The prior. Raises ValueError where `sample_branches` cannot be had of it."""
         prior = self.trained_prior
         if not isinstance(prior, HierarchicalDiffusionModel):
             raise ValueError(
@@ -249,7 +246,7 @@ def sample_files(
     steps: int | None = None,
     sampler: Sampler | None = None,
     fix_layers: int | None = None,
-    branches: int = 4,
+    branches: int | None = None,
 ) -> list[Path]:
     """Write `count` samples, each to a file of its own, and one sheet of them. Returns their paths, the sheet last.
 
@@ -258,10 +255,14 @@ def sample_files(
         resolution: pixels a side; None takes the domain's base resolution.
         fix_layers: of each sample, hold the latents of so many first layers and draw the others anew, `branches` times:
             a row of the sheet for each sample, itself first. A .json beside the sheet says each one's seed.
+        branches: None takes 4.
     """
     resolution = check_resolution(model, resolution)
+    if fix_layers is None and branches is not None:
+        raise ValueError(f"branches={branches} redraws layers after held ones; say how many with fix_layers")
+    branches = 4 if branches is None else branches
     if fix_layers is not None:
-        model.check_branches(fix_layers, branches)
+        model.branching_prior(fix_layers, branches)
     latents = model.sample_latents(count, seed=seed, steps=steps, sampler=sampler)
     seeds, columns = seeds_for(seed, count), None
     if fix_layers is not None:

@@ -26,8 +26,6 @@ def main() -> None:
     parser.add_argument("--fix-layers", type=int, help="hold so many first layers of each sample and redraw the rest")
     parser.add_argument("--branches", type=int, help="with --fix-layers: how often (default: 4)")
     given = parser.parse_args()
-    if given.branches is not None and given.fix_layers is None:
-        raise ValueError(f"--branches {given.branches} redraws layers after held ones; say how many: --fix-layers")
     paths = sample_files(
         load(given.run),
         given.out,
@@ -37,7 +35,7 @@ def main() -> None:
         steps=given.steps,
         sampler=given.sampler,
         fix_layers=given.fix_layers,
-        branches=4 if given.branches is None else given.branches,
+        branches=given.branches,
     )
     print(*paths, sep="\n")
 

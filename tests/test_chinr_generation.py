@@ -123,7 +123,7 @@ def test_branches_without_held_layers_are_refused(run: Path, monkeypatch: pytest
     monkeypatch.setattr(sys, "argv", ["jobs/sample.py", str(run), "--branches", "3"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path("jobs/sample.py", run_name="__main__")
-    assert ended.value.code == 2 and "--fix-layers" in capsys.readouterr().err
+    assert ended.value.code == 2 and "fix_layers" in capsys.readouterr().err
 
 
 def test_an_exported_run_is_folded_and_draws_the_same_functions(run: Path, model: FieldModel, tmp_path: Path):

@@ -156,3 +156,10 @@ def test_observing_an_image_is_evaluating_it():
     field = picture_field(DOMAIN, torch.rand(1, 3, 8, 8))
     coords = torch.rand(1, 9, 2) * 2 - 1
     assert torch.equal(DOMAIN.observe(field, Queries(coords)), field(coords))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_domain_says_how_many_copies_it_makes(flip):
+    domain = Image(size=8, source_size=8, scales=(1.0,), scale_weights=(1.0,), flip=flip)
+    signal = domain.signal(torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8), key="k")
+    assert len(domain.copies(signal)) == domain.num_copies

@@ -305,7 +305,7 @@ def test_a_fit_that_is_not_finite_is_reported_with_its_signals_key(caplog):
         loss = model(signal)["reconstruction"]
     assert not loss.isfinite()
     assert [r.getMessage() for r in caplog.records] == [
-        "picture-2: its latent's fit is not finite; try a smaller autoencoder.fitting.rate"
+        "picture-2: its loss is not finite; try a smaller autoencoder.fitting.rate"
     ]
     with pytest.raises(FloatingPointError, match=r"^picture-2: the latent's fit is not finite; train with a smaller"):
         model.encode(signal)

@@ -65,7 +65,7 @@ def batch(positions: range) -> Signal:
 
 def gradient(model: LayersOfExpertsModel, signal: Signal) -> dict[str, Tensor]:
     model.zero_grad()
-    model(signal)["reconstruction"].backward()
+    sum(model(signal).values()).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -187,6 +187,10 @@ def compare_compiled() -> dict[str, float]:
         assert abs(model(signal)["reconstruction"].item() - loss) <= 1e-5 * loss
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(errors)
     errors["finite differences"] = finite_difference_error(model, signal)
+    model = build(torch.float64, modulation="flat", fitting=dataclasses.replace(FIXED, chunk=3))
+    eager = gradient(model, signal)
+    model.compile()
+    errors["flat, in chunks"] = worst(gradient(model, signal), eager)
     return errors
 
 

@@ -153,7 +153,7 @@ def deviations(
     draw, total = _Draws(prior, sampler, steps, seed), count * samples
     latents = training_latents(model, most=most).values.to(model.device)
     training_bits, drawn_bits = prior.bits(latents), prior.bits(draw.signals(count))
-    of = torch.arange(total, device=model.device) * len(latents) // total  # evenly spaced, each once or more, or fewer
+    of = torch.arange(total, device=model.device) * len(latents) // total  # evenly spaced
     found = []
     for layer in range(1, latents.shape[1] + 1):
         logger.info("layer %d of %d", layer, latents.shape[1])

@@ -16,7 +16,6 @@ from distributed_inr.data.reader import read_latent
 from distributed_inr.evaluation.evaluate import Split, check_pipe, spread
 from distributed_inr.generation import FieldModel, check_resolution, read_file
 from distributed_inr.models.hierarchical_diffusion import HierarchicalDiffusionModel
-from distributed_inr.models.latent_diffusion import LatentDiffusionModel
 from distributed_inr.models.noising import Sampler
 from distributed_inr.randomness import sample_seed
 
@@ -74,7 +73,7 @@ def choose(
     if source == "held-out":
         return held_out_latents(model, most=count, numbers=numbers, allow_pipe=allow_pipe)
     numbers = range(count) if numbers is None else numbers
-    if min(numbers) < 0:
+    if min(numbers, default=0) < 0:
         raise ValueError(f"numbers: {min(numbers)} is negative; a seed's draws are counted from 0")
     seeds = torch.tensor([sample_seed(seed, number) for number in numbers])
     keys = [f"seed {seed}, sample {number}" for number in numbers]
@@ -223,7 +222,6 @@ def check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
 def statistics(model: FieldModel) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the training latents, as the prior keeps them, on the CPU; they broadcast over a latent."""
     prior = model.trained_prior
-    assert isinstance(prior, HierarchicalDiffusionModel | LatentDiffusionModel)
     return prior.latent_mean.cpu(), prior.latent_deviation.cpu()
 
 

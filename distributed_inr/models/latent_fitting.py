@@ -22,7 +22,7 @@ Weights = tuple[Tensor, ...]
 """Of each layer, for each signal: [batch, ...]."""
 
 Mix = Callable[[Tensor], Weights]
-"""From latents [batch, layers, latent_dim] to the weights they choose: linear in them but for a constant."""
+"""From latents [batch, layers, latent_dim] to the weights they choose: affine in them."""
 
 
 @config
@@ -77,12 +77,15 @@ AnyFitting = Annotated[MetaLearning | AutoDecoding, pydantic.Field(discriminator
 
 @dataclass(frozen=True)
 class Descent:
-    """Gradient steps on latents, and what they were taken by."""
+    """Gradient steps on latents, and the error's slopes that they followed."""
 
     latents: Tensor
     """Before each step and after the last, [steps + 1, batch, layers, latent_dim]."""
     slopes: tuple[Tensor, ...]
     """The error's derivative by each layer's weights at each step, [steps, batch, ...]."""
+
+    def detach(self) -> "Descent":
+        return Descent(self.latents.detach(), tuple(slope.detach() for slope in self.slopes))
 
 
 @dataclass(frozen=True)

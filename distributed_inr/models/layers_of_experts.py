@@ -110,7 +110,8 @@ class LayersOfExpertsModel(FieldAutoencoder):
             loss, losses = self._mean_loss(latent, seen, drawn)
         for key, is_finite in zip(signal.key, losses.isfinite().tolist(), strict=True):
             if not is_finite:
-                logger.warning("%s: its latent's fit is not finite; try a smaller %s", key, self._rate_option)
+                remedy = "rate" if isinstance(fitting, MetaLearning) else "lr"
+                logger.warning("%s: its loss is not finite; try a smaller autoencoder.fitting.%s", key, remedy)
         return {"reconstruction": loss} | self._penalties(latent)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -138,9 +139,10 @@ class LayersOfExpertsModel(FieldAutoencoder):
         finite = latent.flatten(1).isfinite().all(dim=1).tolist()
         if not all(finite):
             keys = ", ".join(key for key, is_finite in zip(signal.key, finite, strict=True) if not is_finite)
-            raise FloatingPointError(
-                f"{keys}: the latent's fit is not finite; train with a smaller {self._rate_option}"
-            )
+            remedy = "train with a smaller autoencoder.fitting.rate"
+            if isinstance(fitting, AutoDecoding):
+                remedy = "encode with a smaller autoencoder.fitting.encode_lr"
+            raise FloatingPointError(f"{keys}: the latent's fit is not finite; {remedy}")
         return latent.detach(), None
 
     def decode(self, latent: Float[Tensor, "batch layers latent_dim"]) -> Field:
@@ -167,13 +169,13 @@ class LayersOfExpertsModel(FieldAutoencoder):
     def _mean_loss(self, latent: Tensor, seen: Measurements, drawn: Measurements) -> tuple[Tensor, Tensor]:
         """The mean loss, and the loss of each signal; the mean can be differentiated if gradients are enabled."""
         num_signals = len(latent)
-        chunk = min(self.cfg.fitting.chunk or num_signals, num_signals)
+        chunk = self.cfg.fitting.chunk or num_signals
 
         def of(part: slice) -> tuple[Tensor, Measurements, Measurements]:
             return latent[part], _rows(seen, part), _rows(drawn, part)
 
-        if torch.is_grad_enabled():
-            tensors = [*self.parameters(), *([latent] if latent.requires_grad else [])]
+        tensors = [tensor for tensor in (*self.parameters(), latent) if tensor.requires_grad]
+        if torch.is_grad_enabled() and tensors:
             return ChunkedMean.apply(lambda part: self._differentiate(*of(part), tensors), num_signals, chunk, *tensors)
         # Uncompiled: evaluations come in other shapes, and each would be compiled for.
         parts = [slice(start, start + chunk) for start in range(0, num_signals, chunk)]
@@ -185,27 +187,31 @@ class LayersOfExpertsModel(FieldAutoencoder):
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss of each signal, and the gradients of their sum by the tensors.
 
-        Meta-learning uses the experts 2 * steps + 1 times. Plain autograd makes a gradient of their size for each, and
-        adds. Here the experts are constants to autograd, and `ExpertLayer.experts_gradient` makes the sum at once.
+        Second-order meta-learning uses the experts 2 * steps + 1 times. Plain autograd makes a gradient of their size
+        for each, and adds. Here the experts are constants to autograd, and `ExpertLayer.experts_gradient` makes the sum
+        at once.
         """
         fitting = self.cfg.fitting
-        if isinstance(fitting, AutoDecoding):
+        layers: dict[Tensor, int] = {}
+        if isinstance(fitting, MetaLearning) and fitting.order == "second":
+            layers = {layer.experts: i for i, layer in enumerate(self.layers) if isinstance(layer, ExpertLayer)}
+        if not layers:
             losses, _ = self._losses(latent, seen, drawn)
-            return losses.detach(), list(torch.autograd.grad(losses.sum(), tensors))
-        layers = {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, ExpertLayer)}
-        experts = {layer.experts for layer in layers.values()}
+            return losses.detach(), list(torch.autograd.grad(losses.sum(), tensors, materialize_grads=True))
         probes = self._probes(latent)
         losses, descent = self._losses(latent, seen, drawn, probes)
-        wanted = [probes.gradients, *probes.weights, *(tensor for tensor in tensors if tensor not in experts)]
-        found = iter(torch.autograd.grad(losses.sum(), wanted, materialize_grads=True))
-        by_gradients, by_weights = next(found), [next(found) for _ in probes.weights]
-        by_experts: dict[Tensor, Tensor] = {}
-        for index, layer in layers.items():
-            own = index % self.latent_shape[0]  # all layers share one latent, or each has its own
-            by_experts[layer.experts] = layer.experts_gradient(
+        wanted = [probes.gradients, *probes.weights, *(tensor for tensor in tensors if tensor not in layers)]
+        by_gradients, *rest = torch.autograd.grad(losses.sum(), wanted, materialize_grads=True)
+        by_weights, others = rest[: len(self.layers)], iter(rest[len(self.layers) :])
+
+        def experts_gradient(index: int) -> Tensor:
+            layer, own = self.layers[index], index % self.latent_shape[0]  # the latent: one for all, or each its own
+            assert isinstance(layer, ExpertLayer)
+            return layer.experts_gradient(
                 descent.latents[:, :, own], by_weights[index], by_gradients[:, :, own], descent.slopes[index]
             )
-        return losses.detach(), [by_experts[tensor] if tensor in experts else next(found) for tensor in tensors]
+
+        return losses.detach(), [experts_gradient(layers[t]) if t in layers else next(others) for t in tensors]
 
     def _probes(self, latent: Tensor) -> Probes:
         assert isinstance(self.cfg.fitting, MetaLearning)
@@ -220,8 +226,9 @@ class LayersOfExpertsModel(FieldAutoencoder):
         fitting = self.cfg.fitting
         if isinstance(fitting, AutoDecoding):
             return self._nll(self._mix(latent), drawn), Descent(latent[None], ())
+        frozen = probes is not None
         descent = descend(
-            lambda h: self._mix(h, frozen=True),
+            lambda h: self._mix(h, frozen=frozen),
             lambda weights: self._nll(weights, seen),
             latent,
             rates=self._rates(),
@@ -229,8 +236,8 @@ class LayersOfExpertsModel(FieldAutoencoder):
             order=fitting.order,
             probes=probes,
         )
-        weights = self._mix(descent.latents[-1], frozen=True)
-        return self._nll(probed(weights, probes, fitting.steps), drawn), descent
+        weights = self._mix(descent.latents[-1], frozen=frozen)
+        return self._nll(probed(weights, probes, fitting.steps), drawn), descent.detach()
 
     def _penalties(self, latent: Tensor) -> dict[str, Tensor]:
         fitting = self.cfg.fitting
@@ -253,12 +260,6 @@ class LayersOfExpertsModel(FieldAutoencoder):
     def _nll(self, weights: Weights, measurements: Measurements) -> Float[Tensor, " batch"]:
         queries, values = measurements
         return self.domain.nll(self.domain.observe(self._field(weights), queries), values)
-
-    @property
-    def _rate_option(self) -> str:
-        if isinstance(self.cfg.fitting, AutoDecoding):
-            return "autoencoder.fitting.encode_lr"
-        return "autoencoder.fitting.rate" if self.rates is None else "autoencoder_training.optim.lr"
 
     def _rates(self) -> Tensor | float:
         assert isinstance(self.cfg.fitting, MetaLearning)
@@ -304,19 +305,19 @@ class ExpertLayer(nn.Module):
     ) -> Float[Tensor, "num_experts size"]:
         """The gradient by the experts of a loss that uses them to mix, and backwards in gradient steps on the latent.
 
-        With gates g = h W + b over experts E, a use is a product: theta = g E, whose gradient is g^T d theta; and back
-        from a slope s by the weights to s E^T W^T, by the latent, whose gradient, if that has d, is (d W)^T s. All are
-        rows of one product.
+        With gates g = h W + b over experts E, mixing is theta = g E, and the loss's derivative by E through it is
+        g^T d theta. A step's gradient is s E^T W^T, and if the loss's derivative by it is d, that by E is (d W)^T s.
+        Both are sums of outer products, so one matrix product makes all.
 
         Args:
-            latents: h at each use.
-            by_weights: d theta, the loss's derivative by the mixed weights at each use.
-            by_gradients: d, by the error's derivative by the latent at each step.
+            latents: h at each mixing.
+            by_weights: d theta, the loss's derivative by the mixed weights at each mixing.
+            by_gradients: d, the loss's derivative by each step's gradient on the latent.
             slopes: s, the error's derivative by the mixed weights at each step.
         """
-        gates = nn.functional.linear(latents.detach(), self.gate.weight, self.gate.bias)
+        gates = nn.functional.linear(latents, self.gate.weight, self.gate.bias)
         back = nn.functional.linear(by_gradients, self.gate.weight)
-        rows = torch.cat([by_weights, slopes.detach()]).flatten(2).flatten(0, 1)
+        rows = torch.cat([by_weights, slopes]).flatten(2).flatten(0, 1)
         return torch.cat([gates, back]).flatten(0, 1).T @ rows
 
     def fold(self) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,9 @@ def furniture_image() -> Experiment:
     """Chairs, tables and sofas from 816 bundled views of 34 objects; three more objects are held out.
 
     python jobs/train_chinr.py
+
+    Two cores: 11 minutes. 20.5 dB on held-out views from 320 numbers (20.64, 20.45, 20.51 by seed; bicubic 19.02).
+    0.844 M parameters.
     """
     autoencoder_samples, prior_samples = 36_000, 160_000
     return Experiment(
@@ -65,6 +68,8 @@ def furniture_image_mnif() -> Experiment:
     """mNIF in the same harness: one latent of as many numbers gates all layers, as many parameters, joint diffusion.
 
     python jobs/train_chinr.py furniture-image-mnif
+
+    Fits as well as ours at equal steps, within the seeds (LOG.md). 0.839 M parameters.
     """
     return _peer("furniture-image-mnif", modulation="flat", num_experts=58)
 
@@ -74,9 +79,10 @@ def furniture_image_functa() -> Experiment:
 
     python jobs/train_chinr.py furniture-image-functa
 
-    A quarter of the parameters: as many take a width of 357, and thirty times the work.
+    0.215 M parameters: as many as ours, 0.844 M, take a width of 357, and thirty times the work.
     """
-    return _peer("furniture-image-functa", modulation="shift", width=128)
+    fitting = MetaLearning(rate=0.3, num_points=512)
+    return _peer("furniture-image-functa", modulation="shift", width=128, fitting=fitting)
 
 
 def _peer(name: str, **changes: Any) -> Experiment:
