@@ -189,8 +189,8 @@ def plain_loop(data: Path) -> dict[str, Tensor]:
         for optimizer, lr in [(adamw, rate), *((adam, FITTING.lr * rate / TRAINING.optim.lr) for adam in adams)]:
             optimizer.zero_grad()
             optimizer.param_groups[0]["lr"] = lr
-        (loss,) = module(replace(batch, latent=torch.stack([rows[number] for number in numbers]))).values()
-        loss.backward()
+        losses = module(replace(batch, latent=torch.stack([rows[number] for number in numbers])))
+        sum(losses.values()).backward()
         norms.append(nn.utils.clip_grad_norm_(module.parameters(), CLIP))
         adamw.step()
         for adam in adams:
