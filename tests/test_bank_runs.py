@@ -200,7 +200,8 @@ class Spoiled(nn.Module):
         self.inner, self.what = make_module(), what
 
     def forward(self, batch: Signal) -> dict[str, Tensor]:
-        (loss,) = self.inner(batch).values()
+        losses = self.inner(batch)
+        loss = losses["reconstruction"] + losses["penalty"]
         assert batch.latent is not None
         if BAD in batch.position.tolist() and self.what == "loss":
             loss = loss * torch.nan

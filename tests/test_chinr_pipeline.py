@@ -126,9 +126,10 @@ def test_latents_of_another_autoencoder_are_refused(experiment: Experiment, tmp_
 
 
 def test_a_folded_network_is_not_trained(experiment: Experiment):
+    folded = override(experiment, {"autoencoder.folded": True, "name": "folded"})
     with pytest.raises(ValueError, match="autoencoder.folded=True holds a trained network's weights"):
-        pipeline.run(override(experiment, {"autoencoder.folded": True}))
-    assert not experiment.folder.exists()
+        pipeline.run(folded)
+    assert not folded.folder.exists()
 
 
 def test_a_condition_longer_than_the_latents_is_refused_before_training(experiment: Experiment, tmp_path: Path):

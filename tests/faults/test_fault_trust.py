@@ -318,7 +318,7 @@ def test_fault_61_a_run_folder_cannot_allow_its_own_commands(run: Path, tmp_path
     changes = {"data.allow_pipe": True, "data.train": f"pipe:touch {tmp_path}/owned"}
     experiment: Experiment = override(read_experiment(run), changes)
     (run / "config.json").write_text(dinr.config.to_json(experiment))
-    assert "give --allow-pipe if you trust it" in refusal(lambda: dinr.evaluate(run))
+    assert "give --allow-pipe if you trust them" in refusal(lambda: dinr.evaluate(run))
     assert not (tmp_path / "owned").exists()
 
 
