@@ -20,7 +20,7 @@ def furniture_image() -> Experiment:
 
     python jobs/train_chinr.py
 
-    Two cores: about 11 minutes. 20.5 dB on held-out views from 320 numbers (20.64, 20.45, 20.51 by seed; bicubic
+    Two cores: 10 minutes. 20.5 dB on held-out views from 320 numbers (20.64, 20.45, 20.51 by seed; bicubic
     19.02). 0.844 M parameters.
     """
     autoencoder_samples, prior_samples = 36_000, 160_000
