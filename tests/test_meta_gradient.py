@@ -174,32 +174,32 @@ def test_encoding_is_the_same_steps_from_zero_on_all_pixels(modulation):
     torch.testing.assert_close(model.encode(signal), expected.detach(), rtol=1e-12, atol=1e-14)
 
 
-def compare_compiled() -> dict[str, float]:
-    """Errors of the compiled gradient; in a process of its own, because type checks do not compile."""
-    errors, signal = {}, batch(range(4))
-    for dtype in (torch.float32, torch.float64):
-        model = build(dtype)
+def compare_compiled() -> list[dict[str, float]]:
+    """Errors of compiled gradients; in a process of its own, because type checks do not compile.
+
+    Code is generated for one model alone, which takes a minute; of the other, the graph as compiled is run as it is.
+    """
+    found, signal = [], batch(range(4))
+    in_chunks = build(torch.float64, modulation="flat", fitting=dataclasses.replace(LEARNED, chunk=2))
+    for model, backend in ((build(torch.float32), "aot_eager"), (in_chunks, "inductor")):
         eager = gradient(model, signal)
         loss = model(signal)["reconstruction"].item()
-        model.compile()
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(errors)
-        errors[str(dtype)] = worst(gradient(model, signal), eager)
-        assert abs(model(signal)["reconstruction"].item() - loss) <= 1e-5 * loss
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(errors)
-    errors["finite differences"] = finite_difference_error(model, signal)
-    model = build(torch.float64, modulation="flat", fitting=dataclasses.replace(FIXED, chunk=3))
-    eager = gradient(model, signal)
-    model.compile()
-    errors["flat, in chunks"] = worst(gradient(model, signal), eager)
-    return errors
+        model.compile(backend=backend)
+        errors = {"gradient": worst(gradient(model, signal), eager)}
+        errors["loss"] = abs(model(signal)["reconstruction"].item() - loss) / loss
+        if model is in_chunks:
+            errors["finite differences"] = finite_difference_error(model, signal)
+        found.append(errors)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(found)
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
 def test_the_compiled_meta_gradient_is_that_of_second_order():
-    (errors,) = run_processes(compare_compiled, 1)
-    assert errors.pop(str(torch.float64)) <= 1e-10
-    assert max(errors.values()) <= 1e-5
+    ((single, double),) = run_processes(compare_compiled, 1)
+    assert max(single.values()) <= 1e-5
+    assert double.pop("finite differences") <= 1e-5 and max(double.values()) <= 1e-10
 
 
 def engine_of(model: LayersOfExpertsModel, scale: Scale, *, micro: int = MICRO, num_micro_batches: int = 1):
