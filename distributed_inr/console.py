@@ -17,6 +17,9 @@ from tqdm import tqdm
 
 _LINE_SECONDS = 10.0
 
+_ECHO_SECONDS = 1.0
+"""In which another SIGTERM is the same one: `timeout` sends one to the process and one to its group."""
+
 
 class Bar:
     """One progress bar: drawn on a terminal, a line now and then in a file."""
@@ -72,11 +75,17 @@ class Bar:
 def signals(*, stoppable: bool) -> Iterator[list[int]]:
     """The SIGINT or SIGTERM received, if `stoppable`; otherwise, and the second time, either ends the process."""
     received: list[int] = []
+    first = 0.0
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
 
     def hear(number: int, frame: Any) -> None:
+        nonlocal first
+        if not received:
+            first = time.monotonic()
+        elif number == signal.SIGTERM and time.monotonic() - first < _ECHO_SECONDS:
+            return
         received.append(number)
         if len(received) > 1 or not stoppable:
             _exit(number, "stopped at once")

@@ -86,9 +86,13 @@ def launcher(scale: Scale) -> Iterator[Launcher]:
     if started:
         try:
             # What Ray and its workers print stays in Ray's own logs; our warnings come by mail.
-            ray.init(
-                include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, runtime_env=_runtime_env()
-            )
+            with _own_groups():
+                ray.init(
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                    runtime_env=_runtime_env(),
+                )
         except (ConnectionError, RuntimeError) as error:
             raise ValueError(
                 f"Ray cannot be reached: {str(error).strip().splitlines()[0]}; check RAY_ADDRESS and the token "
@@ -304,6 +308,31 @@ class _Watch:
                     )
                     self.mail.put(f"cause/{self.mail.get('attempt')}", found[-1])
         return found
+
+
+_leaving_group = False
+
+
+def _leave_group() -> None:
+    if _leaving_group:
+        os.setpgrp()
+
+
+os.register_at_fork(after_in_child=_leave_group)
+
+
+@contextlib.contextmanager
+def _own_groups() -> Iterator[None]:
+    """Processes started in here are not of our process group: a signal to all of that is for us, who end them in order.
+
+    `timeout` sends such, and some schedulers; Ray would end before its workers have written a checkpoint.
+    """
+    global _leaving_group
+    _leaving_group = True
+    try:
+        yield
+    finally:
+        _leaving_group = False
 
 
 def _set_environment() -> None:

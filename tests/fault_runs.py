@@ -115,7 +115,11 @@ class Job:
         command = [sys.executable, "tests/fault_job.py", str(folder), json.dumps(changes)]
         _jobs.append(self)
         self.process = subprocess.Popen(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}), stderr=subprocess.PIPE, text=True
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
 
     @property
@@ -130,10 +134,16 @@ class Job:
             assert time.monotonic() < deadline, "waited 120 s"
             time.sleep(0.02)
 
-    def stop(self, number: signal.Signals) -> tuple[float, str]:
-        """Send a signal and wait for the end; returns the seconds that took and what was printed."""
+    def stop(self, number: signal.Signals, *, group: bool = False) -> tuple[float, str]:
+        """Send a signal and wait for the end; returns the seconds that took and what was printed.
+
+        Args:
+            group: send it to the whole process group too, as `timeout` does.
+        """
         begin = time.monotonic()
         self.process.send_signal(number)
+        if group:
+            os.killpg(self.process.pid, number)
         _, printed = self.process.communicate(timeout=60)
         return time.monotonic() - begin, printed
 

@@ -152,6 +152,16 @@ def test_fault_13_sigterm(served: tuple[Path, str], long: Experiment):
     assert stop_and_go_on(served[0], long, {}, name="moment", **ALONE) < GRACE_SECONDS
 
 
+@pytest.mark.ray
+def test_fault_13_sigterm_to_the_process_group(served: tuple[Path, str], tmp_path: Path):
+    """SIGTERM to the process group, the run's own Ray among it, as `timeout` does: a checkpoint, no step lost."""
+    job = Job(served[0], {"HOME": str(tmp_path)}, name="group", **LONG, data__num_loaders=1)
+    job.wait_until(lambda: job.num_lines >= 5)
+    _, printed = job.stop(signal.SIGTERM, group=True)
+    assert job.process.returncode == 128 + signal.SIGTERM and "stopped with a checkpoint" in printed, printed
+    assert job.samples_kept == job.samples_seen < LONG["steps"] * BATCH
+
+
 @pytest.mark.faults
 def test_fault_13_sigterm_at_twenty_moments(served: tuple[Path, str], long: Experiment, capsys):
     """SIGTERM at 20 random moments: 20 of 20 commit within 5 s and lose no step."""
