@@ -36,7 +36,10 @@ def pictures(
 
 
 def tree(found: Tree, shown: dict[tuple[int, ...], Float[Tensor, "3 height width"]], *, title: str) -> Image.Image:
-    """The tree from left to right, a generation a column, each node beside the middle of its children."""
+    """The tree from left to right, a generation a column, each node beside the middle of its children.
+
+    Above a generation stands what each of it shares with its parent and its siblings.
+    """
     cell = _cell(shown[()])
     depths, leaves = len(found.levels), [path for path in found.nodes if len(path) == len(found.levels) - 1]
     step_x, step_y, top, margin = cell + 90, cell + 10, 84, 12
@@ -56,17 +59,19 @@ def tree(found: Tree, shown: dict[tuple[int, ...], Float[Tensor, "3 height width
     for path, picture in shown.items():
         canvas.paste(fit(picture, cell), (margin + len(path) * step_x, round(middles[path] - cell / 2)))
     draw.text((margin, 10), title, fill="black", font_size=14)
-    for depth, fixed in enumerate(found.levels):
-        held = "nothing held" if fixed == 0 else "layer 1 held" if fixed == 1 else f"layers 1-{fixed} held"
-        draw.text((margin + depth * step_x, 58), held, fill="black", font_size=14)
+    draw.text((margin, 58), "root", fill="black", font_size=14)
+    for depth, held in enumerate(found.levels[:-1], start=1):  # those of the generation before
+        shared = "nothing" if held == 0 else "layer 1" if held == 1 else f"layers 1-{held}"
+        draw.text((margin + depth * step_x, 58), f"shared: {shared}", fill="black", font_size=14)
     return canvas
 
 
-def correlations(found: Correlations) -> Figure:
+def correlations(found: Correlations, *, title: str) -> Figure:
     """The matrix of mean coefficients, and adjacent layers beside chance (CHINR, figures 7a and 17)."""
     layers = len(found.matrix)
     names = [str(layer) for layer in range(1, layers + 1)]
-    figure = _figure(11.0, 4.6)
+    figure = _figure(11.0, 4.9)
+    figure.suptitle(title, fontsize=11)
     matrix, bars = figure.subplots(1, 2)
     shown = matrix.imshow(found.matrix.numpy(), vmin=0, vmax=1, cmap="Blues")
     for row in range(layers):
@@ -92,49 +97,54 @@ def correlations(found: Correlations) -> Figure:
     return figure
 
 
-def clusters(found: Sequence[LayerClusters]) -> Figure:
+def clusters(found: Sequence[LayerClusters], *, title: str) -> Figure:
     """Each layer's latents along their main components, coloured by cluster, with the signals of nearest codes as
-    stars (CHINR, figure 19); the outermost 1 % lie outside.
+    black marks (CHINR, figure 19); the outermost 1 % lie outside.
     """
     figure, panels = _panels(
         len(found),
-        f"Clusters of z-scored latents; stars: {found[0].nearest.shape[1]} signals of "
-        "the nearest codes to each of some signals (large stars)",
+        f"{title}: each layer's z-scored latents, coloured by cluster, against the codes made from it\n"
+        "purity: the part of signals in the commonest cluster of their code; black: some signals (large), and the "
+        f"{found[0].nearest.shape[1]} of the nearest codes to each (small)",
     )
     for panel, layer in zip(panels, found, strict=True):
         x, y = layer.points.T.numpy()
         panel.scatter(x, y, c=layer.clusters.labels.numpy() % 10, cmap="tab10", vmin=0, vmax=9, s=8, alpha=0.5, lw=0)
         for index, (anchor, nearest) in enumerate(zip(layer.anchors, layer.nearest, strict=True)):
-            style: dict[str, Any] = {"marker": "*", "color": ("black", "crimson", "royalblue")[index % 3]}
+            style: dict[str, Any] = {"marker": "*s^"[index % 3], "color": "black"}
             panel.scatter(x[nearest], y[nearest], s=50, edgecolor="white", lw=0.4, **style)
             panel.scatter(x[anchor], y[anchor], s=240, edgecolor="white", lw=0.8, **style)
         _frame(panel, layer.points)
-        title = f"layer {layer.layer}, codes of layer {layer.codes_of}\npurity {layer.purity:.2f} (chance "
-        title += f"{layer.chance_purity:.2f}), adjusted Rand {layer.adjusted_rand:.2f}"
-        panel.set_title(title, fontsize=10)
+        codes = f"the codes of layer {layer.codes_of}" + (", its own" if layer.codes_of == layer.layer else "")
+        figures = (
+            f"purity {layer.purity:.2f} (chance {layer.chance_purity:.2f}), adjusted Rand {layer.adjusted_rand:.2f}"
+        )
+        panel.set_title(f"layer {layer.layer}, {codes}\n{figures}", fontsize=10)
         _name_components(panel, layer.explained)
     return figure
 
 
-def conditions(found: ConditionalDistributions) -> Figure:
+def conditions(found: ConditionalDistributions, *, title: str) -> Figure:
     """Each layer's draws under some conditions, over all its training latents (CHINR, figures 7 and 18); the outermost
     1 % lie outside.
     """
     conditions, samples, _ = found.layers[0].samples.shape
-    title = f"{samples} draws of each layer under {conditions} conditions, over the training latents (grey)\n"
+    title += f": {samples} draws of each layer under {conditions} conditions, over the training latents (grey)\n"
     figure, panels = _panels(len(found.layers), title + "stars: the signals that the conditions come from")
     for panel, layer in zip(panels, found.layers, strict=True):
         panel.scatter(*layer.training.T.numpy(), s=10, color=_GREY, lw=0)
         for index, (points, chosen) in enumerate(zip(layer.samples, layer.chosen, strict=True)):
             colour = f"C{index % 10}"
             panel.scatter(*points.T.numpy(), s=7, color=colour, alpha=0.45, lw=0)
-            panel.scatter(*chosen.numpy(), s=190, marker="*", color=colour, edgecolor="black", lw=0.8, zorder=3)
+            star: dict[str, Any] = {"marker": "*", "color": colour, "edgecolor": "black", "lw": 0.8, "zorder": 3}
+            panel.scatter(*chosen.numpy(), s=190, label=f"condition {index + 1}", **star)
         _frame(panel, torch.cat([layer.training, layer.samples.flatten(0, 1)]))
         what = "no condition" if layer.layer == 1 else f"under bits of layer{'s 1-' if layer.layer > 2 else ' '}"
         what += "" if layer.layer == 1 else str(layer.layer - 1)
         spread = layer.spread.mean().item()
         panel.set_title(f"layer {layer.layer}, {what}\nspread over the training latents' {spread:.2f}", fontsize=10)
         _name_components(panel, layer.explained)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(conditions, 5))
     return figure
 
 
@@ -215,7 +225,7 @@ def ablation(found: Ablation, *, title: str) -> Image.Image:
     return pictures(rows, title="\n".join([title, *lines]), row_titles=names * (len(rows) // 2))
 
 
-def frequencies(found: Spectra) -> Figure:
+def frequencies(found: Spectra, *, title: str) -> Figure:
     """The share of power by frequency, and basis fields with their spectra (DDMI, section 4.4)."""
     count, shown = len(found.fields), len(found.fields[0].fields)
     figure = _figure(1.8 * (2 * shown) + 1, 4 + 1.9 * count)
@@ -230,7 +240,7 @@ def frequencies(found: Spectra) -> Figure:
     ticks = [2**power for power in range(0, max(f.cells for f in found.fields).bit_length())]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set(xlabel="spatial frequency, cycles a side", ylabel="part of the field's power, %")
-    axes.set(title=f"Power of basis fields, coarse to fine, over {len(found.latents)} signals")
+    axes.set(title=f"{title}: power of basis fields, coarse to fine, over {len(found.latents)} signals")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
 

@@ -82,8 +82,8 @@ def retrieval(model: FieldModel, query: Latents, *, layer: int | None = None, co
         values = torch.stack([row[places] for row, places in zip(pool, order, strict=True)])
     if not best.isfinite().all() or best.shape[1] < count:
         raise ValueError(
-            f"count={count}: there are not so many training signals besides the query's own in {model.folder}/latents; "
-            "ask for fewer"
+            f"count={count}: {model.folder}/latents has {int(best.isfinite().sum(1).min())} training signals besides "
+            "the query's own; ask for so many or fewer"
         )
     return Retrieved(query, layer, keys, best, values)
 

@@ -245,6 +245,8 @@ def clusters(
     """
     prior = hierarchical(model, "clusters")
     latents = training_latents(model, most=most)
+    if not 1 <= count <= len(latents):
+        raise ValueError(f"count={count} must lie in 1..{len(latents)}, the training latents used; try 10")
     scores = z_scores(model, latents.values)
     bits = prior.bits(latents.values.to(model.device)).cpu()
     places = torch.linspace(0, len(latents) - 1, anchors + 2)[1:-1].round().long()

@@ -30,7 +30,7 @@ def correlation_files(
     latents = training_latents(model, most=most).values
     found = analysis.correlations(latents, variance=variance, permutations=permutations, seed=seed)
     files = Files(model, "svcca", out)
-    files.picture("svcca.png", figures.correlations(found))
+    files.picture("svcca.png", figures.correlations(found, title=files.run))
     files.json(
         "svcca.json",
         {"variance": variance, "permutations": permutations, "seed": seed, "signals": found.signals},
@@ -61,7 +61,7 @@ def clusters_files(
     """clusters.png: each layer's latents; clusters.csv: its clusters; clusters.json: how they agree with codes."""
     found = analysis.clusters(model, count=count, neighbours=neighbours, seed=seed, most=most)
     files = Files(model, "clusters", out)
-    files.picture("clusters.png", figures.clusters(found))
+    files.picture("clusters.png", figures.clusters(found, title=files.run))
     files.table(
         "clusters.csv",
         [
@@ -100,7 +100,7 @@ def conditions_files(
     """conditions.png: draws under each condition; signals.png: the signals they come from; conditions.csv."""
     found = analysis.conditions(model, count=count, samples=samples, seed=seed, sampler=sampler, steps=steps, most=most)
     files = Files(model, "conditions", out)
-    files.picture("conditions.png", figures.conditions(found))
+    files.picture("conditions.png", figures.conditions(found, title=files.run))
     shown = render(model, found.signals)
     title = f"{files.run}: the drawn signals whose conditions are shown"
     names = [f"condition {index + 1}" for index in range(count)]
@@ -111,7 +111,7 @@ def conditions_files(
             {
                 "layer": layer.layer,
                 "condition": index + 1,
-                "bits": codes(layer.bits)[index],
+                "bits": codes(layer.bits)[index] if layer.layer > 1 else "",
                 "spread_over_training": layer.spread[index].item(),
                 "mean_1": layer.samples[index, :, 0].mean().item(),
                 "mean_2": layer.samples[index, :, 1].mean().item(),
@@ -136,6 +136,7 @@ def memorisation_files(
     found = analysis.memorisation(model, count=count, seed=seed, steps=steps, allow_pipe=allow_pipe)
     files = Files(model, "memorisation", out)
     files.picture("memorisation.png", figures.memorisation(found, title=f"{files.run}, seed {seed}"))
+    steps = model.experiment.sampling.steps if steps is None else steps
     files.json("memorisation.json", {"count": count, "seed": seed, "steps": steps}, **_distances(found))
     return files.paths
 
@@ -157,7 +158,7 @@ def deviations_files(
     bits = hierarchical(model, "deviations").projection.shape[2]
     title = f"{files.run}: {count} conditions, {samples} samples of each, {sampler}, {steps} steps, seed {seed}"
     files.picture("deviations.png", figures.deviations(found, condition_bits=bits, title=title))
-    rows = [{"layer": layer.layer, "condition_bits": bits} | layer.figures for layer in found]
+    rows = [{"layer": layer.layer, "condition_bits": bits if layer.layer > 1 else 0} | layer.figures for layer in found]
     files.table("deviations.csv", rows)
     return files.paths
 
@@ -205,7 +206,7 @@ def frequencies_files(model: FieldModel, latents: Latents, out: Path | None = No
     """frequencies.png: spectra of basis fields, and some of the fields; frequencies.csv."""
     found = analysis.frequencies(model, latents)
     files = Files(model, "frequencies", out)
-    files.picture("frequencies.png", figures.frequencies(found))
+    files.picture("frequencies.png", figures.frequencies(found, title=files.run))
     files.table(
         "frequencies.csv",
         [
@@ -240,6 +241,6 @@ def _distances(found: Memorisation) -> dict[str, Any]:
             }
     return values | {
         "distance": f"L2 over all pixels and colours in [0, 1] at {found.resolution} x {found.resolution}, unsquared, "
-        "to the nearest training picture or its augmented copy",
+        "to the nearest training picture (or its augmented copy, where the run has some)",
         "training_pictures": found.training_pictures,
     }
