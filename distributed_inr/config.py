@@ -93,14 +93,12 @@ def leaves(cls: type, value: Any, prefix: str = "") -> dict[str, tuple[Any, Any,
         current, path = getattr(value, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(current):
             found |= leaves(type(current), current, f"{path}.")
-            variants = _variants(hints[field.name])
-            if len(variants) > 1:
-                _, kind, _ = found[f"{path}.kind"]
-                found[f"{path}.kind"] = (
-                    str,
-                    kind,
-                    f"One of {', '.join(variants)}; another kind starts from its defaults.",
+            if variants := _variants(hints[field.name]):
+                text = (
+                    f"One of {', '.join(variants)}; another starts from its defaults: give it with --help to see them."
                 )
+                text = f"{variants[0]} is the only one." if len(variants) == 1 else text
+                found[f"{path}.kind"] = (str, found[f"{path}.kind"][1], text)
         else:
             found[path] = (hints[field.name], current, cls.__pydantic_fields__[field.name].description or "")
     return found
@@ -134,6 +132,7 @@ def parse(argv: Sequence[str], presets: Mapping[str, Callable[[], C]], *, defaul
     }
     for path, (hint, current, text) in fields.items():
         shown = " ".join(map(str, current)) if isinstance(current, tuple) else str(current)
+        shown = "none" if current is None else shown
         parser.add_argument(
             "--" + path.replace("_", "-"),
             dest=path,
@@ -230,5 +229,11 @@ def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    known = list(known)
+    same = [one for one in known if _last(one) == _last(name)]  # the right name in the wrong place
+    nearest = difflib.get_close_matches(name, same or known, n=1, cutoff=0.0)
     return f"unknown {what} {name!r}; did you mean {nearest[0]}? --help lists all"
+
+
+def _last(path: str) -> str:
+    return path.lstrip("-").rpartition(".")[2]

@@ -63,6 +63,14 @@ def test_flags_are_read_by_type_and_path():
     assert read("--span", "-0.5", "1").span == (-0.5, 1.0) and read("--span", "none").span is None
 
 
+def test_help_shows_defaults_as_they_are_typed(capsys):
+    with pytest.raises(SystemExit):
+        read("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: none)" in text and "None)" not in text
+    assert "One of small, large; another starts from its defaults: give it with --help to see them." in text
+
+
 def test_a_flag_switches_the_variant_of_a_union_and_sets_its_fields():
     assert read("--model.kind", "large", "--model.depth", "9").model == Large(depth=9)
     assert override(Tree(name="x"), {"model.depth": 4, "model.kind": "large"}).model == Large(depth=4)
@@ -73,6 +81,7 @@ def test_a_flag_switches_the_variant_of_a_union_and_sets_its_fields():
     [
         (["tow"], ["preset", "'tow'", "two"]),
         (["--limt", "3"], ["flag", "'--limt'", "--limit"]),
+        (["--width", "3"], ["flag", "'--width'", "did you mean --model.width?"]),
         (["--limit", "many"], ["limit='many'", "integer"]),
         (["--model.width", "-3"], ["model.width", "-3", "greater than 0"]),
         (["--flag", "maybe"], ["flag='maybe'", "boolean"]),
