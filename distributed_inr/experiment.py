@@ -84,6 +84,11 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.autoencoder.check(self.domain)
+        if self.sampling.steps > self.prior.num_timesteps:
+            raise ValueError(
+                f"sampling.steps={self.sampling.steps} must be at most prior.num_timesteps={self.prior.num_timesteps}, "
+                "the length of the chain; try 50"
+            )
         family = "chinr" if isinstance(self.autoencoder, LayersOfExperts) else "ddmi"
         if self.family != family:
             raise ValueError(

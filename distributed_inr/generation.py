@@ -229,9 +229,11 @@ def read_file(domain: AnyDomain, path: Path) -> Signal:
     try:
         picture = pictures.decode(path.read_bytes(), max_pixels=domain.max_pixels)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{path} cannot be read: {error.strerror}; give the path of a file") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not a usable picture: {error}; PNG, JPEG and WebP are read") from None
+        raise ValueError(
+            f"{path} is not a usable picture: {error}; PNG, JPEG, WebP, GIF, BMP and TIFF are read"
+        ) from None
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
     return domain.signal(pixels.permute(2, 0, 1), key=path.name)
 

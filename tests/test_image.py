@@ -163,3 +163,12 @@ def test_a_domain_says_how_many_copies_it_makes(flip):
     domain = Image(size=8, source_size=8, scales=(1.0,), scale_weights=(1.0,), flip=flip)
     signal = domain.signal(torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8), key="k")
     assert len(domain.copies(signal)) == domain.num_copies
+
+
+def test_a_smaller_picture_of_ones_own_is_enlarged_with_a_line(caplog):
+    domain = Image(size=8, source_size=8, scales=(1.0,), scale_weights=(1.0,))
+    signal = domain.signal(torch.full((3, 4, 6), 255, dtype=torch.uint8), key="small.png")
+    assert signal.inputs.shape == (1, 3, 8, 8) and signal.inputs.min() == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "small.png: 4 pixels enlarged to domain.size=8 for the encoder"
+    ]

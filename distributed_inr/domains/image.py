@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-import warnings
+import logging
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -18,6 +18,8 @@ from distributed_inr import randomness
 from distributed_inr.config import config
 from distributed_inr.domains.domain import Domain, Queries, Record, Signal, caption, pixel_centres
 from distributed_inr.field import Field
+
+logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 89_478_485
 """Largest picture that is decoded by default: Pillow's own limit, a quarter of a GiB as RGB."""
@@ -91,7 +93,7 @@ class Image(Domain):
         if side >= self.size:
             inputs = downscale(square, self.size)
         else:
-            warnings.warn(f"{key}: {side} pixels enlarged to domain.size={self.size} for the encoder", stacklevel=2)
+            logger.warning("%s: %d pixels enlarged to domain.size=%d for the encoder", key, side, self.size)
             inputs = F.interpolate(_to_unit(square), size=(self.size,) * 2, mode="bicubic").clamp(-1, 1)
         zero = torch.zeros(1, dtype=torch.int64)
         return Signal(key=[key], seed=zero, position=zero, inputs=inputs, targets=square, text=[""])

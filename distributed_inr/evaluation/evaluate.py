@@ -188,8 +188,8 @@ def _neighbours(
     found: dict[str, Any] = {
         "median": distances.median().item(),
         "smallest": distances.min().item(),
-        "distance": f"root mean square over the pixels, in [0, 1], at {side} x {side}; to the nearest training picture "
-        "or its augmented copy",
+        "distance": f"root mean square over the pixels, in [0, 1], at {side} x {side}; to the nearest training picture"
+        + " or its augmented copy" * (len(known.copies) > 1),
         "samples": len(samples),
         "training_pictures": len(known.numbers),
     }

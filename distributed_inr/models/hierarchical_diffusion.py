@@ -38,8 +38,9 @@ class HierarchicalDiffusion:
     num_timesteps: Annotated[int, pydantic.Field(gt=0)] = 1000
     """Length T of each layer's noising chain; its signal level falls along a squared cosine."""
     condition_bits: Annotated[int, pydantic.Field(ge=0)] | None = None
-    """C: bits of a condition. none: log2 of the number of signals less 3, in 1..12; with more, most signals would be
-    alone under their code, and the chain a lookup table. 0: no conditions; layers are independent (the ablation)."""
+    """C: bits of a condition, at most (layers - 1) * latent_dim. none: log2 of the number of signals less 3, in 1..12;
+    with more, most signals would be alone under their code, and the chain a lookup table. 0: no conditions; layers are
+    independent (the ablation)."""
     projection: Literal["fixed", "straight-through"] = "fixed"
     """fixed: a Gaussian matrix from the run's seed. straight-through: learned, with the gradient of a sigmoid in place
     of the sign's."""
