@@ -112,6 +112,13 @@ def test_configs_cannot_be_changed_in_place():
         read().limit = 3  # type: ignore[misc]
 
 
+def test_numbers_among_a_few_are_read_from_flags():
+    experiment = parse(["--scale.zero-stage", "2"], chinr.PRESETS, default="furniture-image", description="")
+    assert experiment.scale.zero_stage == 2
+    with pytest.raises(ValueError, match="scale.zero_stage='4': Input should be less than or equal to 3"):
+        parse(["--scale.zero-stage", "4"], chinr.PRESETS, default="furniture-image", description="")
+
+
 def test_differences_name_the_paths_and_both_values():
     assert differences(Tree(name="a"), Tree(name="a", limit=2)) == {"limit": (None, 2)}
     assert differences(Tree(name="a"), Tree(name="a", model=Large()))["model.kind"] == ("small", "large")

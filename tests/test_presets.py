@@ -7,7 +7,7 @@ import torch
 from tiny_run import smooth_picture, write_pictures
 
 from distributed_inr import pipeline
-from distributed_inr.config import override
+from distributed_inr.config import leaves, override, parse
 from distributed_inr.generation import load
 from distributed_inr.presets import PRESETS
 
@@ -67,3 +67,12 @@ def test_every_preset_trains_encodes_and_samples(family: str, name: str, tmp_pat
     assert not torch.equal(samples[0], samples[1])
     smooth_picture(7, 48).save(tmp_path / "mine.png")
     assert model.encode(tmp_path / "mine.png").render(32).isfinite().all()
+
+
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family in PRESETS for name in PRESETS[family]])
+def test_every_option_can_be_typed(family: str, name: str):
+    preset, argv = PRESETS[family][name](), [name]
+    for path, (_, value, _) in leaves(type(preset), preset).items():
+        words = value if isinstance(value, tuple) else [value]
+        argv += ["--" + path.replace("_", "-"), *("none" if word is None else str(word) for word in words)]
+    assert parse(argv, PRESETS[family], default="", description="") == preset

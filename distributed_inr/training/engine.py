@@ -38,7 +38,7 @@ class Scale:
     """Training processes. none: one for each GPU, or two on a CPU."""
     engine: Literal["deepspeed", "accelerate"] = "deepspeed"
     """deepspeed: ZeRO. accelerate: one process or plain data parallelism, for machines without DeepSpeed."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """What DeepSpeed divides among the workers: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; weights are float32 always. auto: bfloat16 on a GPU, float32 on a CPU."""
