@@ -11,6 +11,8 @@ import logging
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -86,7 +88,7 @@ def launcher(scale: Scale) -> Iterator[Launcher]:
     if started:
         try:
             # What Ray and its workers print stays in Ray's own logs; our warnings come by mail.
-            with _own_groups():
+            with _own_groups(), _kept_handlers():
                 ray.init(
                     include_dashboard=False,
                     logging_level=logging.ERROR,
@@ -333,6 +335,17 @@ def _own_groups() -> Iterator[None]:
         yield
     finally:
         _leaving_group = False
+
+
+@contextlib.contextmanager
+def _kept_handlers() -> Iterator[None]:
+    """Keep our answer to SIGTERM, for which Ray sets its own: Python's, and that of the C library below it."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _set_environment() -> None:

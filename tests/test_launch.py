@@ -25,7 +25,9 @@ def place(local_ray: LocalRay) -> Iterator[Launcher]:
     before = dict(os.environ)
     os.environ |= local_ray.environment
     try:
+        ours = signal.getsignal(signal.SIGTERM)
         with launcher(Scale(max_failures=1)) as place:
+            assert signal.getsignal(signal.SIGTERM) == ours
             yield place
     finally:
         os.environ.clear()
