@@ -83,6 +83,8 @@ class Experiment:
     """How the run is measured."""
 
     def __post_init__(self) -> None:
+        if self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name:
+            raise ValueError(f"name={self.name!r} must be that of one folder; --output says where the run folders lie")
         self.autoencoder.check(self.domain)
         if self.sampling.steps > self.prior.num_timesteps:
             raise ValueError(

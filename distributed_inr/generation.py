@@ -190,7 +190,8 @@ def read_experiment(folder: Path) -> Experiment:
         raise ValueError(f"{folder} is not a folder; give a run folder, such as runs/ddmi/furniture-image")
     if not path.is_file():
         inside = sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")])
-        hint = f"did you mean {inside[0].parent}?" if inside else "give the folder that a training job wrote"
+        near = [f.parent for f in [*(p / "config.json" for p in list(folder.parents)[:3]), *inside] if f.is_file()]
+        hint = f"did you mean {near[0]}?" if near else "give the folder that a training job wrote"
         raise ValueError(f"{folder} is not a run folder: it has no config.json; {hint}")
     try:
         return from_json(Experiment, path.read_text())
@@ -277,16 +278,19 @@ def sample_files(
     out = make_folder(out or default_folder(model.folder, "samples"))
     held = "" if fix_layers is None else f"-fix{fix_layers}"
     stem, digits = f"seed{seed}{held}-{resolution}px", max(3, len(str(len(latents) - 1)))
+    row = columns or 1
+    most = _SHEET_PICTURES // row * row or row
+    title = f"the first {most // row} of {count} samples" if len(latents) > most else ""
     paths, shown = [], []
     for latent in latents:
         rendered = model.decode(latent[None]).render(resolution)[0].cpu()
         paths.append(out / f"{stem}-{len(paths):0{digits}d}.png")
         model.domain.save(rendered, paths[-1])
-        if len(shown) < _SHEET_PICTURES:
+        if len(shown) < most:
             shown.append(fit(rendered, min(_SHEET_CELL, max(resolution, 128))))
     if columns is None:
         paths.append(out / f"{stem}-sheet.png")
-        sheet(in_rows(shown)).save(paths[-1])
+        sheet(in_rows(shown), title=title).save(paths[-1])
         return paths
     nodes = [
         {
@@ -301,7 +305,8 @@ def sample_files(
     paths[-1].write_text(json.dumps({"fix_layers": fix_layers, "nodes": nodes}, indent=1) + "\n")
     rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
     titles = ["sample", *[f"branch {j}" for j in range(branches)]]
-    title = f"the first {fix_layers} of {model.autoencoder.latent_shape[0]} layers held along each row"
+    held = f"the first {fix_layers} of {model.autoencoder.latent_shape[0]} layers held along each row"
+    title = f"{held}; {title}" if title else held
     paths.append(out / f"{stem}-sheet.png")
     sheet(rows, column_titles=titles[: len(rows[0])], title=title).save(paths[-1])
     return paths

@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from tiny_chinr import write_chinr
@@ -132,3 +133,12 @@ def test_an_exported_run_is_folded_and_draws_the_same_functions(run: Path, model
     assert shared.experiment.autoencoder.folded
     difference = (shared.sample(3, steps=4).render(16) - model.sample(3, steps=4).render(16)).abs()
     assert 0 < difference.max() < 0.05
+
+
+def test_a_sheet_of_branches_ends_with_a_whole_row(model: FieldModel, tmp_path: Path):
+    heights = []
+    for count in (16, 17):  # rows of four, and 64 pictures fit
+        sheet = sample_files(model, tmp_path / str(count), count=count, fix_layers=2, branches=3, resolution=8)[-1]
+        with PIL.Image.open(sheet) as picture:
+            heights.append(picture.height)
+    assert heights[0] == heights[1]

@@ -299,6 +299,7 @@ def test_jobs_refuse_bad_input_in_one_line(
     assert "nowhere is not a folder" in refused("sample", "nowhere")
     assert "has no config.json" in refused("sample", tmp_path / "empty")
     assert f"did you mean {run}?" in refused("evaluate", run.parent)
+    assert f"did you mean {run}?" in refused("evaluate", run / "prior")
     assert "--count" in refused("sample", run, "--count", "many")
     assert "count=0" in refused("sample", run, "--count", 0)
     assert "resolution=0" in refused("sample", run, "--resolution", 0)

@@ -224,7 +224,7 @@ def test_the_number_of_bits_fits_the_number_of_signals(num_signals, bits, caplog
     assert f"{bits} is the default" in record.getMessage()
 
 
-@pytest.mark.parametrize(("shape", "most", "remedy"), [((4, 8), 24, 8), ((2, 20), 20, 12), ((1, 16), 0, 0)])
+@pytest.mark.parametrize(("shape", "most", "remedy"), [((4, 8), 24, 8), ((2, 20), 20, 12)])
 def test_more_bits_than_numbers_to_make_them_from_are_refused(shape, most, remedy):
     with pytest.raises(ValueError) as problem:
         HierarchicalDiffusion(denoiser=TINY, condition_bits=most + 1).build(shape)
@@ -232,6 +232,12 @@ def test_more_bits_than_numbers_to_make_them_from_are_refused(shape, most, remed
     assert str(problem.value).endswith(f"try {remedy}") and "\n" not in str(problem.value)
     for bits in (most, remedy):
         HierarchicalDiffusion(denoiser=TINY, condition_bits=bits).build(shape)
+
+
+def test_one_latent_for_all_layers_has_no_layers_to_condition():
+    with pytest.raises(ValueError, match="needs latents of several layers, .* use prior.kind latent-diffusion"):
+        HierarchicalDiffusion(denoiser=TINY, condition_bits=1).build((1, 16))
+    HierarchicalDiffusion(denoiser=TINY, condition_bits=0).build((1, 16))
 
 
 @pytest.mark.parametrize(("denoiser", "networks"), [(TINY, "shared"), (TINY, "per-layer"), (DENOISERS[1], "shared")])

@@ -331,6 +331,7 @@ def test_a_fit_that_is_not_finite_is_reported_with_its_signals_key(caplog):
             "scale.activation_checkpointing=True does not work with autoencoder.kind=layers-of-experts",
         ),
         (chinr, {"family": "ddmi"}, "family=ddmi does not train autoencoder.kind=layers-of-experts; use jobs/train_ch"),
+        (chinr, {"name": "../other"}, "name='../other' must be that of one folder; --output says"),
         (chinr, {"sampling.steps": 5000}, "sampling.steps=5000 must be at most prior.num_timesteps=1000"),
         (ddmi, {"family": "chinr"}, "family=chinr does not train autoencoder.kind=d2c-vae; use jobs/train_ddmi.py"),
     ],

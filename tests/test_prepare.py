@@ -94,7 +94,9 @@ def test_a_source_without_pictures_is_one_clear_line(tmp_path: Path, kind: str) 
 def test_a_source_of_bad_pictures_only_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "0.png").write_bytes(b"garbage")
-    with pytest.raises(ValueError, match=r"no samples were written, so there is no set"):
+    with pytest.raises(
+        ValueError, match=r"no samples were written, so there is no set: 0\.png and all others .*cannot"
+    ):
         prepare_images(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none"))
 
 

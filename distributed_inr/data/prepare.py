@@ -204,6 +204,7 @@ def _write_part(
     if complete is not None:  # only the list of left-out pictures is made again
         skipped += [(p.name, str(r)) for p, r in _in_order(convert, todo, workers) if isinstance(r, ValueError)]
         return complete
+    before = len(skipped)
     if writer.done:
         logger.info("%s: going on after %d samples", folder, len(writer.done))
     try:
@@ -214,6 +215,11 @@ def _write_part(
                 skipped.append((picture.name, str(record)))
             else:
                 writer.write(record)
+        if not writer.done and len(skipped) - before == len(chosen):
+            name, reason = skipped[-1]
+            raise ValueError(
+                f"{folder}: no samples were written, so there is no set: {name} and all others were left out: {reason}"
+            )
         return writer.close()
     finally:
         writer.abandon()

@@ -81,6 +81,12 @@ class HierarchicalDiffusionModel(LatentPrior):
             )
         assert cfg.condition_bits is not None, "settle the number of bits first"
         num_layers, latent_dim = latent_shape
+        if num_layers == 1 and cfg.condition_bits:
+            raise ValueError(
+                "prior.kind=hierarchical-diffusion needs latents of several layers, and this autoencoder gives one for "
+                "all (autoencoder.modulation, autoencoder.num_layers); use prior.kind latent-diffusion, as the preset "
+                "furniture-image-mnif does"
+            )
         most = (num_layers - 1) * latent_dim
         if cfg.condition_bits > most:
             raise ValueError(
