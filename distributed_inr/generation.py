@@ -305,8 +305,8 @@ def sample_files(
     paths[-1].write_text(json.dumps({"fix_layers": fix_layers, "nodes": nodes}, indent=1) + "\n")
     rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
     titles = ["sample", *[f"branch {j}" for j in range(branches)]]
-    held = f"the first {fix_layers} of {model.autoencoder.latent_shape[0]} layers held along each row"
-    title = f"{held}; {title}" if title else held
+    along = f"the first {fix_layers} of {model.autoencoder.latent_shape[0]} layers held along each row"
+    title = f"{along}; {title}" if title else along
     paths.append(out / f"{stem}-sheet.png")
     sheet(rows, column_titles=titles[: len(rows[0])], title=title).save(paths[-1])
     return paths
