@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +33,26 @@ def place(local_ray: LocalRay) -> Iterator[Launcher]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def test_a_sigterm_while_ray_starts_is_answered_by_us(monkeypatch: pytest.MonkeyPatch):
+    """Ray's own answer, as it sets it when it starts, ends the process without a word."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+
+    def init(**settings) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    try:
+        with pytest.raises(SystemExit), launcher(Scale()):
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM] * 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_two_workers_share_two_cores_and_the_driver_takes_none(
