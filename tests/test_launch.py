@@ -35,7 +35,7 @@ def place(local_ray: LocalRay) -> Iterator[Launcher]:
         os.environ.update(before)
 
 
-def test_a_sigterm_while_ray_starts_is_answered_by_us(monkeypatch: pytest.MonkeyPatch):
+def test_a_sigterm_while_ray_starts_is_answered_by_us(place: Launcher, monkeypatch: pytest.MonkeyPatch):
     """Ray's own answer, as it sets it when it starts, ends the process without a word."""
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
