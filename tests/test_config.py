@@ -81,7 +81,6 @@ def test_a_flag_switches_the_variant_of_a_union_and_sets_its_fields():
     [
         (["tow"], ["preset", "'tow'", "two"]),
         (["--limt", "3"], ["flag", "'--limt'", "--limit"]),
-        (["--width", "3"], ["flag", "'--width'", "did you mean --model.width?"]),
         (["--limit", "many"], ["limit='many'", "integer"]),
         (["--model.width", "-3"], ["model.width", "-3", "greater than 0"]),
         (["--flag", "maybe"], ["flag='maybe'", "boolean"]),
@@ -117,6 +116,11 @@ def test_numbers_among_a_few_are_read_from_flags():
     assert experiment.scale.zero_stage == 2
     with pytest.raises(ValueError, match="scale.zero_stage='4': Input should be less than or equal to 3"):
         parse(["--scale.zero-stage", "4"], chinr.PRESETS, default="furniture-image", description="")
+
+
+def test_a_flag_in_the_wrong_place_is_found():
+    with pytest.raises(ValueError, match=r"did you mean --autoencoder-training\.optim\.lr\?"):
+        parse(["--autoencoder-training.lr", "1"], chinr.PRESETS, default="furniture-image", description="")
 
 
 def test_differences_name_the_paths_and_both_values():
