@@ -72,7 +72,7 @@ def override(value: C, changes: Mapping[str, Any]) -> C:
         if name == "kind" and node.get("kind") != changes[path]:
             node.clear()
             switched.append(node)
-        elif name not in node and "kind" not in node and not any(node is other for other in switched):
+        elif name not in node and not any(node is other for other in switched):
             raise ValueError(_unknown("field", path, flat))
         node[name] = changes[path]
     return _validate(type(value), tree)
