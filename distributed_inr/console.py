@@ -134,3 +134,43 @@ def log_file(folder: Path) -> Iterator[None]:
         logging.captureWarnings(False)
         warnings.showwarning = showwarning
         handler.close()
+
+
+_leaving_group = False
+
+
+def _leave_group() -> None:
+    if _leaving_group:
+        os.setpgrp()
+
+
+os.register_at_fork(after_in_child=_leave_group)
+
+
+@contextlib.contextmanager
+def own_groups() -> Iterator[None]:
+    """Processes started in here are not of our process group: a signal to all of that is for us, who end them in order.
+
+    `timeout` sends such, and some schedulers; Ray would end before its workers have written a checkpoint.
+    """
+    global _leaving_group
+    _leaving_group = True
+    try:
+        yield
+    finally:
+        _leaving_group = False
+
+
+@contextlib.contextmanager
+def kept_handlers() -> Iterator[None]:
+    """Keep our answer to SIGTERM, for which Ray sets its own: Python's, and that of the C library below it."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:  # Ray's own answer, which says nothing
+        signal.signal(signal.SIGTERM, before)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)

@@ -69,6 +69,9 @@ class Experiment:
     """Shards to train on and to measure on."""
     autoencoder: AnyAutoencoder
     """From signals to latents to fields."""
+    autoencoder_from: str | None = None
+    """Run folder whose trained autoencoder and latents are used, by links to them; `autoencoder_training` is then not.
+    none: trained here."""
     prior: AnyPrior
     """Distribution over latents."""
     autoencoder_training: Training

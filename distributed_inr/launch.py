@@ -11,8 +11,7 @@ import logging
 import math
 import os
 import shutil
-import signal
-import threading
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,13 +22,14 @@ from typing import Any, Protocol
 import torch
 
 from distributed_inr.allocator import WORKER_ENVIRONMENT, keep_freed_memory
-from distributed_inr.console import Bar, exit_if_stopped, log_file, signals
+from distributed_inr.console import Bar, exit_if_stopped, kept_handlers, log_file, own_groups, signals
 from distributed_inr.training.background import Background
 from distributed_inr.training.engine import Scale
 from distributed_inr.worker import POLL_SECONDS, Beat, Mail, Worker, kill_process, read_beats, work, write_stacks
 
 logger = logging.getLogger(__name__)
 
+_REACH_SECONDS = 10.0
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the processes that it starts for `ray job submit`
 
 _ENVIRONMENT = {
@@ -42,10 +42,19 @@ _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they meant to the person who typed them
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; without it Ray warns
     "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(256 * 2**20),  # of a local Ray; next to nothing goes through it
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours answers
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # what trials find lies in their own folders
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the report names them
+    "RAY_AIR_NEW_OUTPUT": "0",  # which Tune's silence needs
+    "TUNE_GLOBAL_CHECKPOINT_S": "5",
     "TF_CPP_MIN_LOG_LEVEL": "3",  # tensorboard may import TensorFlow, which talks
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "WDS_SECURE": "1",  # webdataset opens no pipe: addresses and unpickles nothing
 }
+
+
+Observe = Callable[[dict[str, Any]], None]
+"""Called with the metrics that a worker function has reported, soon after it has."""
 
 
 class Launcher(Protocol):
@@ -62,6 +71,7 @@ class Launcher(Protocol):
         folder: Path,
         num_workers: int | None = None,
         stoppable: bool = False,
+        observe: Observe | None = None,
     ) -> None:
         """Run `function` on `num_workers` workers (default: all), with one progress bar called `title`. A single worker
         without a GPU is the calling process.
@@ -71,6 +81,7 @@ class Launcher(Protocol):
 
         Args:
             stoppable: `function` asks `Worker.stop` and returns when told; otherwise it is ended at once.
+            observe: called here with what the first rank reports.
         """
         ...
 
@@ -86,9 +97,10 @@ def launcher(scale: Scale) -> Iterator[Launcher]:
 
     started = not ray.is_initialized()
     if started:
+        _check_reachable(os.environ.get("RAY_ADDRESS", ""))
         try:
             # What Ray and its workers print stays in Ray's own logs; our warnings come by mail.
-            with _own_groups(), _kept_handlers():
+            with own_groups(), kept_handlers():
                 ray.init(
                     include_dashboard=False,
                     logging_level=logging.ERROR,
@@ -113,6 +125,20 @@ def launcher(scale: Scale) -> Iterator[Launcher]:
             ray.shutdown()
 
 
+def _check_reachable(address: str) -> None:
+    """Raises ValueError where nobody listens at host:port: Ray itself would ask for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in address:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
+    except OSError as error:
+        raise ValueError(
+            f"Ray cannot be reached at RAY_ADDRESS={address}: {error}; start it (`ray start --head`), set the address of "
+            "a cluster that runs, or unset RAY_ADDRESS for a local Ray"
+        ) from None
+
+
 def in_ray_job() -> bool:
     """Whether this process was started by `ray job submit` (in a temporary copy of the working directory)."""
     return _JOB in os.environ
@@ -134,6 +160,7 @@ class _InProcess:
         folder: Path,
         num_workers: int | None = None,
         stoppable: bool = False,
+        observe: Observe | None = None,
     ) -> None:
         keep_freed_memory()
         threads = torch.get_num_threads()
@@ -143,7 +170,7 @@ class _InProcess:
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists; Accelerate would take it for one of many processes
         try:
             with signals(stoppable=stoppable) as received, Bar(title) as bar, log_file(folder):
-                function(Worker(0, 1, lambda metrics: None, bar.update, lambda: bool(received)))
+                function(Worker(0, 1, observe or (lambda metrics: None), bar.update, lambda: bool(received)))
         except FloatingPointError as error:
             raise ValueError(str(error)) from error
         finally:
@@ -179,13 +206,14 @@ class _OnRay:
         folder: Path,
         num_workers: int | None = None,
         stoppable: bool = False,
+        observe: Observe | None = None,
     ) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.train.v2.api.config import LoggingConfig
 
         if num_workers == 1 and not self.use_gpu:
-            _InProcess(self.scale).run(function, title=title, folder=folder, stoppable=stoppable)
+            _InProcess(self.scale).run(function, title=title, folder=folder, stoppable=stoppable, observe=observe)
             return
         world = num_workers or self.num_workers
         mail, scale = Mail(uuid.uuid4().hex), self.scale
@@ -215,7 +243,8 @@ class _OnRay:
             # fit() waits in a thread of its own, so that this one can draw and hear signals.
             with signals(stoppable=stoppable) as received, Bar(title) as bar:
                 fitted = Background("fit").submit(trainer.fit)
-                self._attend(fitted, mail, bar, received, _Watch(mail, world, scale.timeout_seconds, folder))
+                watch = _Watch(mail, world, scale.timeout_seconds, folder)
+                self._attend(fitted, mail, bar, received, watch, observe)
                 mistake, cause, error = mail.get("mistake"), _first_cause(mail), fitted.exception()
         finally:
             mail.close()
@@ -232,7 +261,15 @@ class _OnRay:
         shutil.rmtree(folder / "ray", ignore_errors=True)  # our own checkpoints are the only ones
         exit_if_stopped(received)
 
-    def _attend(self, fitted: "Future[Any]", mail: Mail, bar: Bar, received: list[int], watch: "_Watch") -> None:
+    def _attend(
+        self,
+        fitted: "Future[Any]",
+        mail: Mail,
+        bar: Bar,
+        received: list[int],
+        watch: "_Watch",
+        observe: Observe | None,
+    ) -> None:
         attempt = 1
         while wait([fitted], POLL_SECONDS).not_done:
             for text in watch.look():
@@ -247,8 +284,16 @@ class _OnRay:
                 bar.say(text)
             if (state := mail.get("progress")) is not None:
                 bar.update(*state)
+            self._pass_on(mail, observe)
         for text in mail.take("warnings"):
             bar.say(text)
+        self._pass_on(mail, observe)
+
+    @staticmethod
+    def _pass_on(mail: Mail, observe: Observe | None) -> None:
+        for metrics in mail.take("reports"):
+            if observe is not None:
+                observe(metrics)
 
     def _gpu(self) -> dict[str, float]:
         return {"GPU": 1} if self.use_gpu else {}
@@ -310,46 +355,6 @@ class _Watch:
                     )
                     self.mail.put(f"cause/{self.mail.get('attempt')}", found[-1])
         return found
-
-
-_leaving_group = False
-
-
-def _leave_group() -> None:
-    if _leaving_group:
-        os.setpgrp()
-
-
-os.register_at_fork(after_in_child=_leave_group)
-
-
-@contextlib.contextmanager
-def _own_groups() -> Iterator[None]:
-    """Processes started in here are not of our process group: a signal to all of that is for us, who end them in order.
-
-    `timeout` sends such, and some schedulers; Ray would end before its workers have written a checkpoint.
-    """
-    global _leaving_group
-    _leaving_group = True
-    try:
-        yield
-    finally:
-        _leaving_group = False
-
-
-@contextlib.contextmanager
-def _kept_handlers() -> Iterator[None]:
-    """Keep our answer to SIGTERM, for which Ray sets its own: Python's, and that of the C library below it."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    except SystemExit:  # Ray's own answer, which says nothing
-        signal.signal(signal.SIGTERM, before)
-        signal.raise_signal(signal.SIGTERM)
-        raise
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
 
 
 def _set_environment() -> None:

@@ -8,9 +8,10 @@ sizes, checkpoints, logging) may change between two calls.
 import contextlib
 import functools
 import json
-from collections.abc import Mapping
+import typing
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,9 +25,17 @@ from distributed_inr.evaluation import evaluate
 from distributed_inr.experiment import Experiment
 from distributed_inr.generation import read_experiment
 from distributed_inr.latents import LatentShards, refuse_foreign_latents, write_latents
-from distributed_inr.launch import Worker, in_ray_job, launcher
+from distributed_inr.launch import Observe, Worker, in_ray_job, launcher
 from distributed_inr.models import LayersOfExperts
-from distributed_inr.run_folder import Stage, check_space, locked, settle_checkpoints, settle_output, write_text
+from distributed_inr.run_folder import (
+    Stage,
+    check_space,
+    link_autoencoder,
+    locked,
+    settle_checkpoints,
+    settle_output,
+    write_text,
+)
 from distributed_inr.training import checkpoint, ledger
 from distributed_inr.training.bank import MAPPED_ABOVE, Bank, num_bytes
 from distributed_inr.training.checkpoint_reader import BANK
@@ -45,8 +54,18 @@ _ORDER = ("num_streams", "shuffle_shards")
 _MODEL = "model.safetensors"
 
 
-def run(experiment: Experiment) -> dict[str, Path]:
+StageName = Literal["autoencoder", "latents", "prior", "evaluation"]
+STAGES: tuple[StageName, ...] = typing.get_args(StageName)
+
+
+def run(
+    experiment: Experiment, *, stages: Collection[StageName] = STAGES, observe: Observe | None = None
+) -> dict[str, Path]:
     """Make a run complete, or go on with one that was interrupted. Returns what it made, by name.
+
+    Args:
+        stages: to make complete; of a run without a prior, the autoencoder alone is evaluated.
+        observe: called with the metrics of each checkpoint, the newest losses on the held-out set among them.
 
     Raises ValueError, before any work, where the options do not fit each other, the data or the run folder.
     """
@@ -56,7 +75,7 @@ def run(experiment: Experiment) -> dict[str, Path]:
             "leave it out"
         )
     experiment = settle_output(experiment, shared=in_ray_job())
-    train_index, val_index = _indexes(experiment)
+    train_index, val_index = indexes(experiment)
     experiment = experiment.settle(train_index.num_samples)
     with torch.device("meta"):  # shapes only: what does not fit is found before anything is trained
         autoencoder = experiment.autoencoder.build(experiment.domain)
@@ -71,60 +90,66 @@ def run(experiment: Experiment) -> dict[str, Path]:
         experiment = settle_checkpoints(experiment, shared=shared)
         folder = experiment.folder
         stack.enter_context(locked(folder))
+        if experiment.autoencoder_from is not None:
+            link_autoencoder(experiment)
         fit, encode, fit_prior, evaluation = _stages(experiment)
         for stage in (fit, encode, fit_prior):
             stage.refuse_other_options()
         _refuse_other_checkpoints(experiment)
         for stage, path in ((fit, "autoencoder_training"), (fit_prior, "prior_training")):
-            if not stage.was_finished:
+            if stage.folder.name in stages and not stage.was_finished:
                 getattr(experiment, path).num_micro_batches(place.num_workers, path=path)
         elsewhere = experiment.checkpoints is not None
-        check_space(
-            folder,
-            {
-                fit.folder: _training_bytes(autoencoder, experiment.autoencoder_training, elsewhere=elsewhere)
-                + _bank_bytes(experiment, latents, place.num_workers),
-                encode.folder: latents.num_bytes,
-                fit_prior.folder: _training_bytes(prior, experiment.prior_training, elsewhere=elsewhere),
-            },
-        )
+        needed = {
+            fit.folder: training_bytes(autoencoder, experiment.autoencoder_training, elsewhere=elsewhere)
+            + bank_bytes(experiment, latents, place.num_workers),
+            encode.folder: latents.num_bytes,
+            fit_prior.folder: training_bytes(prior, experiment.prior_training, elsewhere=elsewhere),
+        }
+        check_space(folder, {place: size for place, size in needed.items() if place.name in stages})
         write_text(folder / "config.json", to_json(experiment) + "\n")
 
         inputs = {"train": train_index.fingerprint}
-        if not fit.is_complete(inputs):
+        if "autoencoder" in stages and not fit.is_complete(inputs):
             fit.begin(inputs)
             work = functools.partial(fit_autoencoder, experiment=experiment, stage=fit)
-            place.run(work, title="autoencoder", folder=fit.folder, stoppable=True)
+            place.run(work, title="autoencoder", folder=fit.folder, stoppable=True, observe=observe)
             fit.finish(inputs)
 
-        inputs = {"autoencoder": storage.sha256_of(fit.folder / _MODEL), "train": train_index.fingerprint}
-        if experiment.bank is not None:
-            inputs["bank"] = storage.sha256_of(fit.folder / BANK)
-        if not encode.is_complete(inputs):
-            encode.begin(inputs)
-            work = functools.partial(write_latents, experiment=experiment, stage=encode, shards=latents)
-            place.run(work, title="latents", folder=encode.folder)
-            encode.finish(inputs)
+        if "latents" in stages:
+            inputs = {"autoencoder": storage.sha256_of(fit.folder / _MODEL), "train": train_index.fingerprint}
+            if experiment.bank is not None:
+                inputs["bank"] = storage.sha256_of(fit.folder / BANK)
+            if not encode.is_complete(inputs):
+                encode.begin(inputs)
+                work = functools.partial(write_latents, experiment=experiment, stage=encode, shards=latents)
+                place.run(work, title="latents", folder=encode.folder)
+                encode.finish(inputs)
 
-        written = experiment.data.index(str(encode.folder))
-        refuse_foreign_latents(written, encode.folder, fit.folder / _MODEL)
-        inputs = {"latents": written.fingerprint}
-        if not fit_prior.is_complete(inputs):
-            fit_prior.begin(inputs)
-            work = functools.partial(fit_latent_prior, experiment=experiment, stage=fit_prior, latents=encode.folder)
-            place.run(work, title="prior", folder=fit_prior.folder, stoppable=True)
-            fit_prior.finish(inputs)
+        if "prior" in stages:
+            written = experiment.data.index(str(encode.folder))
+            refuse_foreign_latents(written, encode.folder, fit.folder / _MODEL)
+            inputs = {"latents": written.fingerprint}
+            if not fit_prior.is_complete(inputs):
+                fit_prior.begin(inputs)
+                work = functools.partial(
+                    fit_latent_prior, experiment=experiment, stage=fit_prior, latents=encode.folder
+                )
+                place.run(work, title="prior", folder=fit_prior.folder, stoppable=True, observe=observe)
+                fit_prior.finish(inputs)
 
-        inputs = {name: storage.sha256_of(folder / name / _MODEL) for name in ("autoencoder", "prior")}
-        inputs["val"] = val_index.fingerprint if val_index else ""
-        if not evaluation.is_current(inputs):
-            evaluation.begin(inputs)
-            work = functools.partial(evaluate_run, experiment=experiment, stage=evaluation)
-            place.run(work, title="evaluation", folder=evaluation.folder, num_workers=1)
-            evaluation.finish(inputs)
+        if "evaluation" in stages:
+            models = [name for name in ("autoencoder", "prior") if name in stages]
+            inputs = {name: storage.sha256_of(folder / name / _MODEL) for name in models}
+            inputs["val"] = val_index.fingerprint if val_index else ""
+            if not evaluation.is_current(inputs):
+                evaluation.begin(inputs)
+                work = functools.partial(evaluate_run, experiment=experiment, stage=evaluation)
+                place.run(work, title="evaluation", folder=evaluation.folder, num_workers=1)
+                evaluation.finish(inputs)
 
     names = ["config.json", "evaluation.json", "report.md", *sorted(path.name for path in folder.glob("*.png"))]
-    models = {name: folder / name / _MODEL for name in ("autoencoder", "prior")}
+    models = {name: folder / name / _MODEL for name in ("autoencoder", "prior") if name in stages}
     return {"run": folder} | models | {name: folder / name for name in names if (folder / name).exists()}
 
 
@@ -139,6 +164,9 @@ def _stages(experiment: Experiment) -> tuple[Stage, Stage, Stage, Stage]:
         | place
         | {"autoencoder_training": _lasting(tree["autoencoder_training"])}
     )
+    if experiment.autoencoder_from is not None:  # how it was trained is its own affair
+        there = Stage(folder / "autoencoder", {}).made_with
+        fit = {name: fit[name] if name in ("domain", "autoencoder") else value for name, value in there.items()}
     fit_prior = {name: tree[name] for name in ("seed", "prior")} | place
     fit_prior |= {"prior_training": _lasting(tree["prior_training"])}
     evaluation = {name: _lasting(tree[name]) for name in ("sampling", "evaluation")} | {"seed": tree["seed"]}
@@ -173,7 +201,7 @@ def _refuse_other_checkpoints(experiment: Experiment) -> None:
 def check_ledgers(folder: Path) -> dict[str, Account]:
     """What the sample ledgers of a finished run show, by stage. Raises ValueError where there are none."""
     experiment = override(read_experiment(folder), {"output": str(folder.absolute().parents[1])})
-    train_index, _ = _indexes(experiment)
+    train_index, _ = indexes(experiment)
     sets: dict[str, ShardDataset] = {}
     if experiment.autoencoder_training.ledger:
         sets["autoencoder"] = experiment.dataset(train_index)
@@ -205,7 +233,7 @@ def fit_autoencoder(worker: Worker, *, experiment: Experiment, stage: Stage) -> 
     stage.check_shared()
     torch.manual_seed(experiment.seed)  # the same initial weights on every rank
     module = experiment.autoencoder.build(experiment.domain)
-    train_index, val_index = _indexes(experiment)
+    train_index, val_index = indexes(experiment)
     bank = None
     if experiment.bank is not None:
         shape = (train_index.num_samples, module.latent_shape)
@@ -279,7 +307,7 @@ def _latent_dataset(experiment: Experiment, latents: Path) -> ShardDataset:
     return experiment.data.dataset(experiment.data.index(str(latents)), read=read_latent, seed=experiment.seed)
 
 
-def _indexes(experiment: Experiment) -> tuple[ShardIndex, ShardIndex | None]:
+def indexes(experiment: Experiment) -> tuple[ShardIndex, ShardIndex | None]:
     """The training and the held-out set, checked."""
     data, kind = experiment.data, experiment.domain.kind
     found = {name: data.index(url) for name, url in (("train", data.train), ("val", data.val)) if url is not None}
@@ -292,14 +320,22 @@ def _indexes(experiment: Experiment) -> tuple[ShardIndex, ShardIndex | None]:
     return found["train"], found.get("val")
 
 
-def _training_bytes(module: nn.Module, training: Training, *, elsewhere: bool) -> int:
-    """What the final model and, unless they lie elsewhere, the checkpoints take: float32 weights and moments."""
-    weights = 4 * sum(tensor.numel() for tensor in module.state_dict().values())
-    copies = 0 if elsewhere else 3 + (training.ema_half_life_samples > 0)
-    return weights * (copies * (training.keep_checkpoints + 2) + 1)  # the best, and the one being written
+def training_bytes(module: nn.Module, training: Training, *, elsewhere: bool) -> int:
+    """What the final model and, unless they lie elsewhere, the checkpoints take."""
+    kept = 0 if elsewhere else training.keep_checkpoints + 2  # the best, and the one being written
+    return _state_bytes(module) + kept * checkpoint_bytes(module, training)
 
 
-def _bank_bytes(experiment: Experiment, latents: LatentShards, num_workers: int) -> int:
+def checkpoint_bytes(module: nn.Module, training: Training) -> int:
+    """What a checkpoint takes: float32 weights, moments and, where one is kept, their average."""
+    return _state_bytes(module) * (3 + (training.ema_half_life_samples > 0))
+
+
+def _state_bytes(module: nn.Module) -> int:
+    return 4 * sum(tensor.numel() for tensor in module.state_dict().values())
+
+
+def bank_bytes(experiment: Experiment, latents: LatentShards, num_workers: int) -> int:
     """What a bank's final rows, its copies in checkpoints and, where it is mapped, those of the workers take."""
     if experiment.bank is None:
         return 0

@@ -25,6 +25,10 @@ SHARED_OUTPUT = "~/distributed_inr/runs"
 """Where runs go inside a Ray job, or on several nodes, when nobody says where."""
 
 
+class InUse(ValueError):
+    """Another job holds the run folder."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage's folder, and the options that what it holds depends on."""
@@ -48,6 +52,12 @@ class Stage:
     def was_finished(self) -> bool:
         """Whether what it holds is whole, whatever it was made from."""
         return self._record is not None and self._record["complete"]
+
+    @property
+    def made_with(self) -> Mapping[str, Any]:
+        """The options that what it holds was made with."""
+        record = self._record
+        return {} if record is None else record["options"]
 
     def refuse_other_options(self) -> None:
         record = self._record
@@ -124,6 +134,27 @@ def settle_output(experiment: Experiment, *, shared: bool) -> Experiment:
     return override(experiment, {"output": str(Path(SHARED_OUTPUT).expanduser())})
 
 
+def link_autoencoder(experiment: Experiment) -> None:
+    """Make the stages that `autoencoder_from` names those of this run. Raises ValueError where they are not whole."""
+    assert experiment.autoencoder_from is not None
+    source = Path(experiment.autoencoder_from).expanduser().resolve()
+    for name in ("autoencoder", "latents"):
+        link = experiment.folder / name
+        if not Stage(source / name, {}).was_finished:
+            raise ValueError(
+                f"autoencoder_from={experiment.autoencoder_from!r}: {source / name} is not finished; give the folder "
+                "of a run whose latents are written, or leave it out"
+            )
+        if link.resolve() == source / name:
+            continue
+        if link.exists() or link.is_symlink():
+            raise ValueError(
+                f"autoencoder_from={experiment.autoencoder_from!r}, but {link} is there already; delete it, choose "
+                "another --name, or leave --autoencoder-from out"
+            )
+        link.symlink_to(os.path.relpath(source / name, experiment.folder.resolve()))
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run folder, made if need be, against other jobs. The system lets go of it when this process ends."""
@@ -137,7 +168,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(
+            raise InUse(
                 f"{folder} is in use by {file.read().strip() or 'another job'}; wait for it, or choose another --name "
                 "or --output"
             ) from None

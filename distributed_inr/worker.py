@@ -100,6 +100,11 @@ def work(
         before, noticed = noticed, get_train_context().preemption_context.preemption_info
         return rank == 0 and noticed is not None and noticed != before
 
+    def report(metrics: dict[str, Any]) -> None:
+        if rank == 0:
+            mail.send("reports", metrics)
+        ray.train.report(metrics)
+
     def progress(done: int, total: int, values: Mapping[str, float]) -> None:
         mail.put("progress", [done, total, dict(values)])
 
@@ -109,7 +114,7 @@ def work(
         _heartbeat(mail, rank, here),
     ):
         try:
-            function(Worker(rank, world, ray.train.report, progress, stop, save))
+            function(Worker(rank, world, report, progress, stop, save))
         except Exception as error:
             if not torch.distributed.is_initialized():
                 raise  # Ray is ending this worker because another one has failed
@@ -147,8 +152,12 @@ class Mail:
         content = _internal_kv_get(f"{self.run}/{name}", namespace=_NAMESPACE)
         return None if content is None else json.loads(content)
 
+    def send(self, folder: str, value: Any) -> None:
+        """Put a value under `folder`/, after those sent before."""
+        self.put(f"{folder}/{time.time_ns():020d}-{uuid.uuid4().hex}", value)
+
     def take(self, folder: str) -> list[Any]:
-        """The values put under `folder`/, which are then gone."""
+        """The values sent to `folder`/, in their order; they are then gone."""
         from ray.experimental.internal_kv import _internal_kv_list
 
         keys = _internal_kv_list(f"{self.run}/{folder}/", namespace=_NAMESPACE)
@@ -273,7 +282,7 @@ def _mailed_warnings(mail: Mail) -> Iterator[None]:
             if os.getpid() != process:
                 return  # a forked loader, where the cluster's client would wait for ever
             with _tolerating_the_store():
-                mail.put(f"warnings/{time.time_ns():020d}-{uuid.uuid4().hex}", record.getMessage())
+                mail.send("warnings", record.getMessage())
 
     handler, log = Handler(logging.WARNING), logging.getLogger("distributed_inr")
     log.addHandler(handler)

@@ -261,3 +261,54 @@ def test_an_interrupted_stage_goes_on_from_its_checkpoint(experiment: Experiment
     pipeline.run(cut)
     for name in ("autoencoder/model.safetensors", "prior/model.safetensors"):
         assert (cut.folder / name).read_bytes() == (experiment.folder / name).read_bytes()
+
+
+def test_a_run_takes_another_runs_autoencoder_and_trains_a_prior_of_its_own(experiment: Experiment):
+    before = written(experiment.folder)
+    changes = {"name": "other", "seed": 1, "autoencoder_training.num_samples": 999}  # which does not matter here
+    other = override(experiment, {**changes, "autoencoder_from": str(experiment.folder)})
+    pipeline.run(other)
+    assert written(experiment.folder) == before
+    for name in ("autoencoder", "latents"):
+        assert (other.folder / name).is_symlink() and (other.folder / name).samefile(experiment.folder / name)
+    one, two = (json.loads((e.folder / "evaluation.json").read_text()) for e in (experiment, other))
+    assert one["val"] == two["val"] and one["samples"] != two["samples"]
+    again = written(other.folder)
+    pipeline.run(other)
+    assert written(other.folder) == again
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"autoencoder_from": "nowhere"}, r"nowhere.autoencoder is not finished; give the folder of a run"),
+        ({"autoencoder.readout_width": 24}, r"other options: autoencoder.readout_width is 16 there and 24 here"),
+        ({"name": "tiny"}, r"but .*tiny.autoencoder is there already; delete it, choose another --name, or leave"),
+    ],
+)
+def test_an_autoencoder_that_cannot_be_taken_is_refused(
+    experiment: Experiment, changes: dict[str, object], message: str, tmp_path: Path
+):
+    place = {"name": "taker", "output": experiment.output if "name" in changes else str(tmp_path)}
+    source = tmp_path / "source"
+    if "name" in changes:  # of another run
+        (source / "autoencoder").mkdir(parents=True)
+        (source / "latents").mkdir()
+        for name in ("autoencoder", "latents"):
+            (source / name / "stage.json").write_text((experiment.folder / name / "stage.json").read_text())
+    default = {"autoencoder_from": str(source if "name" in changes else experiment.folder)}
+    with pytest.raises(ValueError, match=message):
+        pipeline.run(override(experiment, place | default | changes))
+
+
+def test_stages_that_are_not_asked_for_are_left_and_metrics_are_passed_on(experiment: Experiment, tmp_path: Path):
+    alone = override(experiment, {"output": str(tmp_path), "autoencoder_training.checkpoint_every_samples": 4})
+    seen: list[dict] = []
+    pipeline.run(alone, stages=("autoencoder", "evaluation"), observe=seen.append)
+    assert [metrics["samples"] for metrics in seen] == [4, 8]
+    assert "val/reconstruction" in seen[-1] and Path(seen[-1]["checkpoint"]).is_dir()
+    assert not (alone.folder / "latents").exists() and not (alone.folder / "prior").exists()
+    result = json.loads((alone.folder / "evaluation.json").read_text())
+    assert "psnr" in result["val"] and "samples" not in result
+    pipeline.run(alone)
+    assert "samples" in json.loads((alone.folder / "evaluation.json").read_text())
