@@ -25,6 +25,7 @@ ORDER = (
     "run_folder",
     "latents",
     "pipeline",
+    "sweeps",
 )
 DISTRIBUTED = {"ray", "deepspeed", "accelerate", "webdataset", "torch.distributed"}
 

@@ -64,6 +64,26 @@ def furniture_image() -> Experiment:
     )
 
 
+def furniture_image_short() -> Experiment:
+    """The bundled preset in a few minutes of one core, for sweeps; not compiled, which would take a minute of them.
+
+    python jobs/tune_loe.py
+    python jobs/tune_hcdm.py
+    """
+    ours = furniture_image()
+    return replace(
+        ours,
+        name="furniture-image-short",
+        autoencoder_training=replace(
+            ours.autoencoder_training, num_samples=9_000, checkpoint_every_samples=1_000, keep_checkpoints=1
+        ),
+        prior_training=replace(
+            ours.prior_training, num_samples=30_000, checkpoint_every_samples=10_000, keep_checkpoints=1
+        ),
+        scale=replace(ours.scale, compile=False),
+    )
+
+
 def furniture_image_mnif() -> Experiment:
     """mNIF in the same harness: one latent of as many numbers gates all layers, as many parameters, joint diffusion.
 
@@ -148,6 +168,7 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
     preset.__name__.replace("_", "-"): preset
     for preset in (
         furniture_image,
+        furniture_image_short,
         furniture_image_mnif,
         furniture_image_functa,
         celebahq_64,

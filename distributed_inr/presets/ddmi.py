@@ -65,6 +65,26 @@ def furniture_image() -> Experiment:
     )
 
 
+def furniture_image_short() -> Experiment:
+    """The quick start in a few minutes of one core, for sweeps.
+
+    python jobs/tune_ddmi.py
+    """
+    quick = furniture_image()
+    autoencoder_samples, prior_samples = 8_000, 150_000
+    return replace(
+        quick,
+        name="furniture-image-short",
+        autoencoder=replace(quick.autoencoder, kl_anneal_samples=autoencoder_samples * 9 // 10),
+        autoencoder_training=replace(
+            quick.autoencoder_training, num_samples=autoencoder_samples, checkpoint_every_samples=2_000
+        ),
+        prior_training=replace(
+            quick.prior_training, num_samples=prior_samples, checkpoint_every_samples=50_000, keep_checkpoints=1
+        ),
+    )
+
+
 def furniture_image_long() -> Experiment:
     """The quick start for longer: a larger autoencoder, and nine times as many samples of the prior.
 
@@ -297,6 +317,7 @@ PRESETS: dict[str, Callable[[], Experiment]] = {
     preset.__name__.replace("_", "-"): preset
     for preset in (
         furniture_image,
+        furniture_image_short,
         furniture_image_long,
         furniture_all,
         afhqv2_cat_256,

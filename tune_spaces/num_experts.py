@@ -1,0 +1,8 @@
+"""The number of experts of each layer (CHINR, eq. 3), for layers of experts.
+
+From many to few: with `--scheduler asha` the first trials set the mark that later ones must reach.
+"""
+
+from ray import tune
+
+SPACE = {"autoencoder.num_experts": tune.grid_search([256, 128, 64, 32, 16, 8])}
