@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,13 +61,20 @@ def ray_head(*, num_cpus: int) -> Iterator[LocalRay]:
 
 
 @contextlib.contextmanager
-def ray_node(head: LocalRay) -> Iterator[subprocess.Popen]:
-    """One more node with one CPU, on this machine; killing the process's children takes it away."""
+def ray_node(head: LocalRay, *, blind_to: Path | None = None) -> Iterator[subprocess.Popen]:
+    """One more node with one CPU, on this machine; killing the process's children takes it away.
+
+    Args:
+        blind_to: a folder in whose place the node sees an empty one, as where nodes share no storage.
+    """
     (port,) = free_ports(1)
     options = [f"--address={head.address}", f"--dashboard-agent-listen-port={port}"]
     environment = {name: value for name, value in head.environment.items() if name != "RAY_ADDRESS"}
     log = head.home / f"node-{port}.txt"
-    with _ray_start(options, environment, log, num_cpus=1) as process:
+    prefix = (
+        [] if blind_to is None else ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', blind_to]
+    )
+    with _ray_start(options, environment, log, num_cpus=1, prefix=prefix) as process:
         deadline = time.monotonic() + 60
         while "Ray runtime started" not in log.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
@@ -77,9 +84,17 @@ def ray_node(head: LocalRay) -> Iterator[subprocess.Popen]:
 
 @contextlib.contextmanager
 def _ray_start(
-    options: list[str], environment: dict[str, str], log: Path, *, num_cpus: int
+    options: list[str], environment: dict[str, str], log: Path, *, num_cpus: int, prefix: Sequence[str | Path] = ()
 ) -> Iterator[subprocess.Popen]:
-    command = ["ray", "start", "--block", f"--num-cpus={num_cpus}", "--num-gpus=0", "--node-ip-address=127.0.0.1"]
+    command = [
+        *prefix,
+        "ray",
+        "start",
+        "--block",
+        f"--num-cpus={num_cpus}",
+        "--num-gpus=0",
+        "--node-ip-address=127.0.0.1",
+    ]
     command += ["--object-store-memory=100000000", *options]
     with log.open("w") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
