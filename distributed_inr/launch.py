@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import shutil
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -126,16 +125,28 @@ def launcher(scale: Scale) -> Iterator[Launcher]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raises ValueError where nobody listens at host:port: Ray itself would ask for minutes."""
+    """Raises ValueError where no cluster at host:port answers, or it refuses our token: Ray would try on and on."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in address:
         return
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel  # with our token, and TLS where it is used
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    request = gcs_service_pb2.GetClusterIdRequest()  # pyright: ignore[reportAttributeAccessIssue]  made at import
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
-    except OSError as error:
+        with contextlib.closing(init_grpc_channel(address)) as channel:
+            gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetClusterId(request, timeout=_REACH_SECONDS)
+    except grpc.RpcError as error:
+        assert isinstance(error, grpc.Call)
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            raise ValueError(
+                f"Ray at RAY_ADDRESS={address} refuses the token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH "
+                "to a file that holds the cluster's (default: ~/.ray/auth_token)"
+            ) from None
         raise ValueError(
-            f"Ray cannot be reached at RAY_ADDRESS={address}: {error}; start it (`ray start --head`), set the address of "
-            "a cluster that runs, or unset RAY_ADDRESS for a local Ray"
+            f"Ray cannot be reached at RAY_ADDRESS={address}: {error.code().name}; start it (`ray start --head`), set "
+            "the address of a cluster that runs, or unset RAY_ADDRESS for a local Ray"
         ) from None
 
 
