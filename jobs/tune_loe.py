@@ -1,6 +1,6 @@
 """Sweep the number of experts of CHINR's layers: held-out PSNR against parameters and time.
 
-python jobs/tune_loe.py                                      # six numbers on bundled pictures, a local Ray
+python jobs/tune_loe.py                                      # five numbers on bundled pictures, a local Ray
 python jobs/tune_loe.py --scheduler asha                     # stop those that lag behind
 ray job submit -- python jobs/tune_loe.py --scale.num-workers 4         # on a running cluster
 

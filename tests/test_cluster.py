@@ -36,7 +36,7 @@ class Submitted:
         command = ["ray", "job", verb, "--address", self.head.dashboard, *arguments]
         done = subprocess.run(command, env=self.head.environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return done.stdout + done.stderr
 
     def status(self) -> str:
         found = re.search(r"(PENDING|RUNNING|STOPPED|SUCCEEDED|FAILED)", self.ray("status", self.submission))

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import socket
+import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
@@ -64,21 +65,20 @@ class Sweep:
 
 
 def main(argv: Sequence[str], study: Study, *, description: str) -> Path:
-    """Run the sweep that a command line asks for; returns its report."""
-    named = study.space.stem.replace("_", "-")
-    fields = leaves(Sweep, Sweep(name=named, space=study.space, preset=study.preset))
-    parser = Parser(add_help=False, allow_abbrev=False, usage="%(prog)s [--option value ...] [--field value ...]")
-    for path, (_, value, text) in fields.items():
-        flag = "--" + path.replace("_", "-")
-        parser.add_argument(flag, dest=path, default=value, metavar="", help=f"{text} (default: {value})".lower())
-    parser.add_argument("--resume", action="store_true", help="go on with a sweep; an error where there is none")
+    """Run the sweep that a command line asks for; returns the path of its report."""
+    sweep = Sweep(name=study.space.stem.replace("_", "-"), space=study.space, preset=study.preset)
+    parser = Parser(usage=f"{sys.argv[0]} [--option value ...] [--field value ...]", add_help=False, allow_abbrev=False)
+    for name, (_, value, text) in leaves(Sweep, sweep).items():
+        shown = "none" if value is None else value
+        parser.add_argument("--" + name.replace("_", "-"), default=value, metavar="", help=f"{text} (default: {shown})")
+    parser.add_argument("--resume", action="store_true", help="Go on with a sweep; an error where there is none.")
     options, flags = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(flags):
-        print(parser.format_help().replace("options:", f"{description}\noptions of the sweep:"))
-    values = {name: value for name, value in vars(options).items() if name in fields and value != "none"}
-    values |= {"scheduler": options.scheduler}
-    resume = options.resume
-    sweep = override(Sweep(name=named, space=study.space, preset=study.preset), values)
+        print(description, parser.format_help(), sep="\n")
+    given = vars(options)
+    resume = given.pop("resume")
+    optional = ("num_samples", "max_concurrent")
+    sweep = override(sweep, {k: None if k in optional and value == "none" else value for k, value in given.items()})
     experiment = parse([sweep.preset, *flags], PRESETS[study.family], default=study.preset, description="Fields:")
     return run(sweep, experiment, study, flags=flags, resume=resume)
 
