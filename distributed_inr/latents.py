@@ -158,10 +158,17 @@ class LatentShards:
     def of(experiment: Experiment, index: ShardIndex, autoencoder: FieldAutoencoder) -> "LatentShards":
         """Reads one sample, which also shows whether the data are what the domain expects."""
         signal, _ = experiment.dataset(index).signal(0)
+        return LatentShards.sized(experiment, index.num_samples, autoencoder, has_text=bool(signal.text))
+
+    @staticmethod
+    def sized(
+        experiment: Experiment, num_samples: int, autoencoder: FieldAutoencoder, *, has_text: bool
+    ) -> "LatentShards":
+        """Those of a set that is not at hand."""
         shape = autoencoder.latent_shape
-        members = [128 + 4 * math.prod(shape)] + [1] * (bool(signal.text) + (not autoencoder.is_variational))
+        members = [128 + 4 * math.prod(shape)] + [1] * (has_text + (not autoencoder.is_variational))
         size = sum(512 + -(-member // 512) * 512 for member in members)
-        return LatentShards(shape, index.num_samples, experiment.domain.num_copies, size)
+        return LatentShards(shape, num_samples, experiment.domain.num_copies, size)
 
     @property
     def num_bytes(self) -> int:

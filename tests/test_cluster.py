@@ -62,6 +62,7 @@ class Submitted:
         assert self.status() == "SUCCEEDED", self.ray("logs", self.submission)
 
 
+@pytest.mark.faults
 def test_two_jobs_survive_a_kill_with_resubmission_and_the_loss_of_a_node(tmp_path: Path):
     with contextlib.ExitStack() as stack:
         head = stack.enter_context(ray_head(num_cpus=0))

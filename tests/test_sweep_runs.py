@@ -174,14 +174,16 @@ def test_the_best_settings_command_trains_it(local_ray: LocalRay, tmp_path: Path
     assert finished.returncode == 0, finished.stderr
     text = (sweep.folder / "report.md").read_text()
     assert "over 2 seeds" in text and finished.stdout.strip() == str(sweep.folder / "report.md")
-    two = [json.loads((sweep.run_folder(name) / "evaluation.json").read_text()) for name in sweep.trials()]
-    assert two[0]["samples"] != two[1]["samples"] and two[0]["val"] == two[1]["val"]  # one autoencoder, two priors
+    two = [json.loads((sweep.run_folder(name) / "evaluation.json").read_text()) for name in sorted(sweep.trials())]
+    assert two[0]["val"] == two[1]["val"]  # one autoencoder, two priors
+    first, second = (one["samples"]["kid_efficientnet_lite0"]["value"] for one in two)
+    assert abs(first - second) > 1e-4
     (line,) = [line for line in text.splitlines() if line.startswith("python ")]
-    words = [sys.executable, *shlex.split(line)[1:], "--scale.launcher", "none"]
+    words = [sys.executable, *shlex.split(line)[1:], "--scale.launcher", "none", "--scale.num-threads", "1"]
     again = subprocess.run(words, env=sweep.environment, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     best = json.loads((tmp_path / "chinr" / "tiny-best" / "evaluation.json").read_text())
-    assert best["samples"] == two[0]["samples"]  # that of seed 0
+    assert best["samples"]["kid_efficientnet_lite0"]["value"] == pytest.approx(first, abs=1e-5)
 
 
 def test_asha_stops_trials_that_lag_behind(local_ray: LocalRay, tmp_path: Path):
@@ -212,11 +214,11 @@ ONLY_IF = {"prior.denoiser.width": {"prior.denoiser.kind": "mlp"}} | {
     drop = [sweep.command.index("--prior.denoiser.width"), sweep.command.index("--prior.denoiser.num-blocks")]
     for place in sorted(drop, reverse=True):
         del sweep.command[place : place + 2]
-    finished = sweep.run("--search", "optuna", "--num-samples", "3", "--seeds", "2")
+    finished = sweep.run("--search", "optuna", "--num-samples", "2", "--seeds", "2")
     assert finished.returncode == 0, finished.stderr
     trials = list(sweep.trials().values())
-    assert len(trials) == 6 and {trial["status"] for trial in trials} == {"finished"}
-    assert sorted(trial["seed"] for trial in trials) == [0, 0, 0, 1, 1, 1]
+    assert len(trials) == 4 and {trial["status"] for trial in trials} == {"finished"}
+    assert sorted(trial["seed"] for trial in trials) == [0, 0, 1, 1]
     for trial in trials:
         held = {path.rpartition(".")[2] for path in trial["values"]}
         mlp, unet = {"kind", "width", "lr"}, {"kind", "channels", "head_dim", "multipliers", "lr"}

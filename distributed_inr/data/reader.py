@@ -300,7 +300,7 @@ def training_stream(
             f"micro_batch_size={micro_batch} must divide a worker's share of the batch, {global_batch} / {world} = "
             f"{share}; try {max(size for size in range(1, micro_batch + 1) if share % size == 0)}"
         )
-    _check_cache(dataset, world)
+    check_cache(dataset, world)
     batches = _TrainingBatches(dataset, start, global_batch, micro_batch, rank, world)
     return stream(batches, itertools.count(), num_loaders)
 
@@ -382,7 +382,7 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _check_cache(dataset: ShardDataset, world: int) -> None:
+def check_cache(dataset: ShardDataset, world: int) -> None:
     """Refuse a cache that cannot hold a window for each span that this rank reads."""
     remote = [shard.bytes for shard in dataset.index.shards if not shard.is_local]
     if not remote or dataset.order is None:

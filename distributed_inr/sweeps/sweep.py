@@ -151,7 +151,8 @@ def _check(sweep: Sweep, experiment: Experiment, study: Study, space: Space) -> 
 def _resources(sweep: Sweep, experiment: Experiment) -> tuple[int, Mapping[str, float], int]:
     """Workers of a trial, what its driver takes, and how many trials run at a time (0: as Ray can place).
 
-    A single worker is the trial's driver itself. Of several, the driver takes nothing: they are placed by Ray Train.
+    A single worker is the trial's driver itself. Of several, placed by Ray Train, the driver takes no CPU; something it
+    must take.
     """
     import ray
 
@@ -165,7 +166,7 @@ def _resources(sweep: Sweep, experiment: Experiment) -> tuple[int, Mapping[str, 
         )
     if workers == 1:
         return 1, {"CPU": 1} | ({"GPU": 1} if kind == "GPU" else {}), sweep.max_concurrent or 0
-    return workers, {"CPU": 0}, sweep.max_concurrent or number // workers
+    return workers, {"CPU": 0, "memory": 2**20}, sweep.max_concurrent or number // workers
 
 
 def _begin(folder: Path, sweep: Sweep, experiment: Experiment, space: Space) -> None:

@@ -26,7 +26,7 @@ from distributed_inr.training.gradients import Metrics, agree, clip, squared_nor
 
 logger = logging.getLogger(__name__)
 
-_BUCKET = 50_000_000
+BUCKET = 50_000_000
 """Elements in one collective of gradients or weights."""
 
 
@@ -150,7 +150,7 @@ def build_engine(
             raise ValueError(f"parameter {name} has no dimension, which DeepSpeed cannot send; give it the shape [1]")
         parameter.data = parameter.data.contiguous()  # fragments are views of flattened parameters
     if scale.activation_checkpointing:
-        _recompute_blocks(module)
+        recompute_blocks(module)
     if scale.compile and _has_compiler():
         module.compile()
     kind = DeepSpeedEngine if scale.engine == "deepspeed" else AccelerateEngine
@@ -178,7 +178,7 @@ class DeepSpeedEngine:
         self._module, self._stage, self._num_micro_batches = module, scale.zero_stage, num_micro_batches
         self._pending: list[tuple[dict[str, Tensor], Sequence[str]]] = []
         self.steps, self._max_grad_norm = 0, optim.max_grad_norm
-        bucket = min(_BUCKET, 2 * sum(p.numel() for p in module.parameters()))  # even, as it demands
+        bucket = min(BUCKET, 2 * sum(p.numel() for p in module.parameters()))  # even, as it demands
         zero: dict[str, Any] = {"stage": self._stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         if self._stage in (1, 2):
             zero["compute_grad_norm"] = False  # ours, for the check, is enough; its own in float64 takes 10 % of a step
@@ -369,7 +369,7 @@ def _adamw(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
     return torch.optim.AdamW(trainable, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
 
 
-def _recompute_blocks(module: nn.Module) -> None:
+def recompute_blocks(module: nn.Module) -> None:
     from torch.utils.checkpoint import checkpoint
 
     lists: list[str] = []
