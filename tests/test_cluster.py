@@ -39,7 +39,7 @@ class Submitted:
         return done.stdout + done.stderr
 
     def status(self) -> str:
-        found = re.search(r"(PENDING|RUNNING|STOPPED|SUCCEEDED|FAILED)", self.ray("status", self.submission))
+        found = re.search(r"(PENDING|RUNNING|stopped|succeeded|failed)", self.ray("status", self.submission))
         assert found is not None
         return found[1]
 
@@ -59,7 +59,7 @@ class Submitted:
 
     def finish(self) -> None:
         self.wait_until(lambda: self.status() not in ("PENDING", "RUNNING"))
-        assert self.status() == "SUCCEEDED", self.ray("logs", self.submission)
+        assert self.status() == "succeeded", self.ray("logs", self.submission)
 
 
 @pytest.mark.faults
@@ -73,7 +73,7 @@ def test_two_jobs_survive_a_kill_with_resubmission_and_the_loss_of_a_node(tmp_pa
         first.wait_until(lambda: first.samples() > 0 and second.samples() > 0)
 
         first.ray("stop", "first-1")
-        assert first.status() == "STOPPED"
+        assert first.status() == "stopped"
         kept = first.samples()
         first.submit("first-2")
         kill_tree(nodes[0])  # three CPUs stay: one job may have to wait for the other's two
