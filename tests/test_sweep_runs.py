@@ -191,7 +191,7 @@ def test_the_best_settings_command_trains_it(local_ray: LocalRay, tmp_path: Path
 def test_asha_stops_trials_that_lag_behind(local_ray: LocalRay, tmp_path: Path):
     grid = '{"autoencoder.fitting.rate": tune.grid_search([0.01, 1e-6, 1e-7, 1e-8])}'  # the others learn nothing
     sweep = Sweep(tmp_path, local_ray, "tune_loe", grid, "--autoencoder-training.num-samples", "720")
-    finished = sweep.run("--scheduler", "asha")
+    finished = sweep.run("--scheduler", "asha", "--output", os.path.relpath(tmp_path))
     assert finished.returncode == 0, finished.stderr
     seen = {float(row["autoencoder.fitting.rate"]): int(row["autoencoder_samples"]) for row in sweep.rows()}
     status = {float(row["autoencoder.fitting.rate"]): row["status"] for row in sweep.rows()}

@@ -59,7 +59,10 @@ def _against_field(panel: Axes, settings: Sequence[Setting], path: str, measure:
 
 def _against_measure(panel: Axes, settings: Sequence[Setting], x: str, y: str) -> None:
     shown = [setting for setting in settings if setting.has(x) and setting.has(y)]
-    for index, setting in enumerate(sorted(shown, key=lambda setting: setting.mean(x))):
+    shown = sorted(shown, key=lambda setting: setting.mean(x))
+    if all(len(setting.values) == 1 for setting in settings):
+        panel.plot([setting.mean(x) for setting in shown], [setting.mean(y) for setting in shown], color="#c8c8c8")
+    for index, setting in enumerate(shown):
         where = (setting.mean(x), setting.mean(y))
         wide, high = setting.spread(x), setting.spread(y)
         panel.errorbar(*where, xerr=wide, yerr=high, fmt="o", capsize=3, color=f"C{index % 10}")

@@ -7,6 +7,7 @@ places the trials, stops the hopeless ones, and remembers where it was. A stage 
 import importlib.util
 import json
 import logging
+import os
 import socket
 import sys
 import uuid
@@ -246,7 +247,11 @@ def _share(base: Experiment, experiment: Experiment, folder: Path) -> Experiment
 def _tune(trials: Trials, sweep: Sweep, folder: Path, *, resources: Mapping[str, float], most: int) -> None:
     from ray import tune
 
+    directory = os.getcwd()
+
     def trial(drawn: dict[str, Any]) -> None:
+        if os.path.isdir(directory):
+            os.chdir(directory)  # that relative paths refer to
         values = dict(drawn)
         index = values.pop("__trial_index__", 0)  # of Optuna's repetitions
         seed = values.pop("seed", trials.experiment.seed + index)
@@ -259,7 +264,7 @@ def _tune(trials: Trials, sweep: Sweep, folder: Path, *, resources: Mapping[str,
         finished = trials.run(values, seed, observe=observe)
         tune.report({"samples": end, "score": trials.study.score(finished.measures[trials.study.objective])})
 
-    trainable, state = tune.with_resources(trial, dict(resources)), folder / "tune" / "state"
+    trainable, state = tune.with_resources(trial, dict(resources)), folder.absolute() / "tune" / "state"
     if tune.Tuner.can_restore(str(state)):
         tuner = tune.Tuner.restore(str(state), trainable=trainable, resume_errored=True)
     else:
