@@ -91,7 +91,7 @@ def run(
         folder = experiment.folder
         stack.enter_context(locked(folder))
         if experiment.autoencoder_from is not None:
-            link_autoencoder(experiment)
+            link_autoencoder(experiment, shared=shared)
         fit, encode, fit_prior, evaluation = _stages(experiment)
         for stage in (fit, encode, fit_prior):
             stage.refuse_other_options()
@@ -106,7 +106,8 @@ def run(
             encode.folder: latents.num_bytes,
             fit_prior.folder: training_bytes(prior, experiment.prior_training, elsewhere=elsewhere),
         }
-        check_space(folder, {place: size for place, size in needed.items() if place.name in stages})
+        own = [stage for stage in stages if experiment.autoencoder_from is None or stage == "prior"]
+        check_space(folder, {part: size for part, size in needed.items() if part.name in own})
         write_text(folder / "config.json", to_json(experiment) + "\n")
 
         inputs = {"train": train_index.fingerprint}

@@ -66,10 +66,10 @@ class Stage:
             changed.pop("checkpoints", None)  # which it needs no more
         if changed:
             shown = "; ".join(f"{path} is {old} there and {new} here" for path, (old, new) in changed.items())
-            raise ValueError(
-                f"{self.folder} was made with other options: {shown}. Set them back, choose another --name or "
-                f"--output, or delete {self.folder} to make it again"
-            )
+            remedy = f"choose another --name or --output, or delete {self.folder} to make it again"
+            if self.folder.is_symlink():
+                remedy = "or give another --autoencoder-from"
+            raise ValueError(f"{self.folder} was made with other options: {shown}. Set them back, {remedy}")
 
     def is_complete(self, inputs: Mapping[str, str]) -> bool:
         """Whether it can be skipped. Raises ValueError if it was made from other inputs, unless these are accepted."""
@@ -134,9 +134,14 @@ def settle_output(experiment: Experiment, *, shared: bool) -> Experiment:
     return override(experiment, {"output": str(Path(SHARED_OUTPUT).expanduser())})
 
 
-def link_autoencoder(experiment: Experiment) -> None:
+def link_autoencoder(experiment: Experiment, *, shared: bool) -> None:
     """Make the stages that `autoencoder_from` names those of this run. Raises ValueError where they are not whole."""
     assert experiment.autoencoder_from is not None
+    if shared and not Path(experiment.autoencoder_from).expanduser().is_absolute():
+        raise ValueError(
+            f"autoencoder_from={experiment.autoencoder_from!r} is relative: inside a Ray job, and on several nodes, it "
+            "must be an absolute folder that all nodes share"
+        )
     source = Path(experiment.autoencoder_from).expanduser().resolve()
     for name in ("autoencoder", "latents"):
         link = experiment.folder / name
@@ -145,7 +150,7 @@ def link_autoencoder(experiment: Experiment) -> None:
                 f"autoencoder_from={experiment.autoencoder_from!r}: {source / name} is not finished; give the folder "
                 "of a run whose latents are written, or leave it out"
             )
-        if link.resolve() == source / name:
+        if link.is_symlink() and link.resolve() == (source / name).resolve():
             continue
         if link.exists() or link.is_symlink():
             raise ValueError(

@@ -102,7 +102,8 @@ def work(
 
     def report(metrics: dict[str, Any]) -> None:
         if rank == 0:
-            mail.send("reports", metrics)
+            with _tolerating_the_store():
+                mail.send("reports", metrics)
         ray.train.report(metrics)
 
     def progress(done: int, total: int, values: Mapping[str, float]) -> None:

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -13,22 +14,26 @@ from distributed_inr.config import override, parse
 from distributed_inr.presets import PRESETS
 from distributed_inr.sweeps import report, study
 from distributed_inr.sweeps.space import load_space, trial_name
-from distributed_inr.sweeps.trial import Trials
+from distributed_inr.sweeps.trial import Trial, Trials
 
-COMMAND = ["python", "jobs/train_chinr.py", "furniture-image-short", "--sampling.steps", "20"]
+PRESET = "furniture-image-short"
 
 
-def sweep(folder: Path, one: study.Study, preset: str = "furniture-image-short") -> Trials:
-    experiment = override(PRESETS[one.family][preset](), {"output": str(folder / "trials")})
+def sweep(folder: Path, one: study.Study) -> Trials:
+    experiment = override(PRESETS[one.family][PRESET](), {"output": str(folder / "trials")})
     return Trials(experiment, load_space(one.space), one)
 
 
+def write(folder: Path, trials: Trials, *, name: str = "bits", **changes: Any) -> Path:
+    """The report of a sweep that was begun with these changes to the preset."""
+    experiment = override(PRESETS[trials.study.family][PRESET](), changes)
+    return report.write(folder, trials, sweep_name=name, preset=PRESET, experiment=experiment)
+
+
 def write_trial(trials: Trials, values: dict[str, Any], seed: int = 0, *, samples: int = 100, **found: Any) -> None:
-    name = trial_name(values, seed)
-    folder = Path(trials.experiment.output) / trials.experiment.family / name
-    folder.mkdir(parents=True)
-    record = {"name": name, "values": values, "seed": seed, "status": "finished"} | found
-    (folder / "trial.json").write_text(json.dumps(record))
+    trial = Trial(trial_name(values, seed), values, values, seed, **({"status": "finished"} | found))
+    trials.record(trial)
+    folder = trials.folder(trial.name)
     (folder / "autoencoder").mkdir()
     (folder / "autoencoder" / "metrics.jsonl").write_text(json.dumps({"samples": samples}) + "\n")
 
@@ -46,7 +51,7 @@ def condition_bits(tmp_path: Path) -> Path:
         bits(trials, 8, seed, eight, 0.9)
         bits(trials, 15, seed, fifteen, 0.5)
     write_trial(trials, {"prior.condition_bits": 99}, status="failed", error="Trace\nValueError: 99 are too many")
-    return report.write(tmp_path, trials, sweep_name="bits", command=COMMAND)
+    return write(tmp_path, trials, **{"sampling.steps": 20, "prior.num_timesteps": 500})
 
 
 def test_the_best_setting_is_named_with_its_evidence(condition_bits: Path):
@@ -64,10 +69,21 @@ def test_the_best_setting_is_named_with_its_evidence(condition_bits: Path):
 def test_the_best_setting_is_a_command_that_makes_it(condition_bits: Path):
     (line,) = [line for line in condition_bits.read_text().splitlines() if line.startswith("python ")]
     words = shlex.split(line)
-    assert words[: len(COMMAND)] == COMMAND
+    assert words[:3] == ["python", "jobs/train_chinr.py", PRESET]
     experiment = parse(words[2:], PRESETS["chinr"], default="", description="")
-    wanted = {"prior.condition_bits": 15, "sampling.steps": 20, "name": "bits-best"}
-    assert experiment == override(PRESETS["chinr"]["furniture-image-short"](), wanted)
+    wanted = {"prior.condition_bits": 15, "sampling.steps": 20, "prior.num_timesteps": 500, "name": "bits-best"}
+    assert experiment == override(PRESETS["chinr"][PRESET](), wanted)
+
+
+def test_the_command_switches_kinds_and_holds_what_flags_cannot_simply_say(tmp_path: Path):
+    trials = sweep(tmp_path, study.BETA_Z)
+    values = {"prior.denoiser.kind": "unet", "prior.denoiser.multipliers": [1, 2], "prior_training.optim.lr": 1e-3}
+    write_trial(trials, values, measures={"kid": 1.0})
+    changes = {"prior.denoiser.width": 16, "prior.timestep_logit": (-1e-05, 0.5), "data.val": None}
+    path = write(tmp_path, trials, name="kinds", **changes)
+    (line,) = [line for line in path.read_text().splitlines() if line.startswith("python ")]
+    experiment = parse(shlex.split(line)[2:], PRESETS["ddmi"], default="", description="")
+    assert experiment == override(override(PRESETS["ddmi"][PRESET](), changes), values | {"name": "kinds-best"})
 
 
 def test_table_2_stands_beside_the_papers(condition_bits: Path):
@@ -87,16 +103,17 @@ def test_all_trials_are_in_the_csv(condition_bits: Path):
 
 
 def test_figures_show_every_measure(condition_bits: Path):
-    picture = Image.open(condition_bits.parent / "measures.png").convert("L")
-    assert picture.width > 2.5 * picture.height  # three panels
+    picture = np.array(Image.open(condition_bits.parent / "measures.png").convert("RGB")).astype(int)
+    blue = (abs(picture - (31, 119, 180)).sum(2) < 40).sum(0)  # of the curves, by column
+    assert all(part.sum() > 50 for part in np.array_split(blue, 3))  # three panels
     assert "![measures](measures.png)" in condition_bits.read_text()
 
 
 def test_trials_stopped_early_are_counted_with_what_they_were_worth(tmp_path: Path):
     trials = sweep(tmp_path, study.NUM_EXPERTS)
     write_trial(trials, {"autoencoder.num_experts": 64}, measures={"psnr": 20.0}, samples=900)
-    write_trial(trials, {"autoencoder.num_experts": 8}, status="running", early=12.5, samples=100)
-    text = report.write(tmp_path, trials, sweep_name="experts", command=COMMAND).read_text()
+    write_trial(trials, {"autoencoder.num_experts": 8}, status="stopped", early=[[100.0, 12.5]], samples=100)
+    text = write(tmp_path, trials, name="experts").read_text()
     assert "**autoencoder.num_experts = 64**, 20 over 1 seed." in text and "Nothing to compare it with." in text
     assert "num_experts=8,seed=0: 12.5 (psnr)" in text and "1,000 samples (autoencoder)" in text
     assert "| 8 | 1 stopped |" in text
@@ -106,7 +123,7 @@ def test_fewer_is_better_of_distances_and_more_of_psnr(tmp_path: Path):
     trials = sweep(tmp_path, study.NUM_EXPERTS)
     for number, psnr in ((8, 18.0), (16, 19.0), (32, 18.5)):
         write_trial(trials, {"autoencoder.num_experts": number}, measures={"psnr": psnr})
-    text = report.write(tmp_path, trials, sweep_name="experts", command=COMMAND).read_text()
+    text = write(tmp_path, trials, name="experts").read_text()
     assert "**autoencoder.num_experts = 16**" in text and "Next: autoencoder.num_experts = 32, 18.5;" in text
 
 
@@ -116,7 +133,7 @@ def test_a_sweep_of_which_nothing_finished_says_why(tmp_path: Path):
     with pytest.raises(
         RuntimeError, match=r"no trial has finished; the first to fail was .*=8,seed=0: no space in runs"
     ):
-        report.write(tmp_path, trials, sweep_name="bits", command=COMMAND)
+        write(tmp_path, trials)
     assert (tmp_path / "trials.csv").exists()
 
 
@@ -127,8 +144,30 @@ def test_settings_with_conditions_share_one_table(tmp_path: Path):
     write_trial(
         trials, {"prior.denoiser.kind": "unet", "prior.denoiser.channels": 32}, measures=measures | {"kid": 2.0}
     )
-    path = report.write(tmp_path, trials, sweep_name="denoiser", command=COMMAND)
+    path = write(tmp_path, trials, name="denoiser")
     text = path.read_text()
     assert "| prior.denoiser.kind | prior.denoiser.width | prior.denoiser.channels | trials |" in text
     assert "| mlp | 256 |  | 1 finished | 1 |" in text and "| unet |  | 32 | 1 finished | 2 |" in text
     assert (tmp_path / "curves.png").exists()
+
+
+def test_a_seed_that_failed_counts_neither_as_measured_nor_as_sure(tmp_path: Path):
+    trials = sweep(tmp_path, study.CONDITION_BITS)
+    bits(trials, 8, 0, 1.0, 0.9)
+    for seed in (1, 2):
+        write_trial(trials, {"prior.condition_bits": 8}, seed, status="failed", error="out of memory")
+    for seed, kid in enumerate((1.2, 1.3, 1.4)):
+        bits(trials, 15, seed, kid, 0.5)
+    text = write(tmp_path, trials).read_text()
+    assert "**prior.condition_bits = 8**, 1 over 1 seed." in text
+    # 0.3 over the root of 0.04^2, the single one's own, and 0.1^2 / 3, of the means over seeds: 4.27
+    assert "the difference is 0.3, 4.3 standard errors of kid, with one seed." in text
+    assert "| 8 | 1 finished, 2 failed | 1 |" in text
+
+
+def test_where_chance_is_not_known_the_report_says_so(tmp_path: Path):
+    trials = sweep(tmp_path, study.NUM_EXPERTS)
+    for seed, psnr in enumerate((19.0, 19.2, 19.1)):
+        write_trial(trials, {"autoencoder.num_experts": 64}, seed, measures={"psnr": psnr})
+    write_trial(trials, {"autoencoder.num_experts": 8}, measures={"psnr": 18.0})
+    assert "how much chance there is in it is not known" in write(tmp_path, trials, name="experts").read_text()

@@ -136,7 +136,7 @@ def test_a_killed_sweep_and_a_killed_trial_go_on_and_nothing_is_lost_or_repeated
         assert len(sweep.starts(sweep.run_folder(name) / "prior")) >= 2
     assert sweep.starts(sweep.folder / "shared" / "chinr" / "shared" / "autoencoder") == [0]  # by all, once
     assert (sweep.run_folder(cut) / "autoencoder").is_symlink()
-    assert "Table 2" not in (sweep.folder / "report.md").read_text()
+    assert "| 5 | ours | " in (sweep.folder / "report.md").read_text()
     rows = sweep.rows()
     assert len(rows) == 5 and all(float(row["deviation"]) > 0 and float(row["kid"]) for row in rows)
 
@@ -168,6 +168,23 @@ def test_trials_of_two_workers_run_one_at_a_time_and_one_that_fails_is_reported(
             spans.append((stamps[0], stamps[-1]))
     first, second = sorted(spans)
     assert first[1] <= second[0]
+
+
+def test_a_trial_whose_process_dies_again_and_again_is_reported_as_failed(local_ray: LocalRay, tmp_path: Path):
+    long = "--prior-training.num-samples 1000000 --scale.max-failures 1".split()
+    sweep = Sweep(tmp_path, local_ray, "tune_hcdm", '{"prior.condition_bits": tune.grid_search([2])}', *long)
+    driver = sweep.start()
+    for _ in range(2):
+        wait_until(lambda: bool(list(sweep.folder.glob("trials/*/*/prior/log.txt"))), driver, sweep.log)
+        (folder,) = sweep.folder.glob("trials/*/*")
+        held_by = re.match(r"process (\d+)", (folder / ".lock").read_text())
+        assert held_by is not None
+        os.kill(int(held_by[1]), signal.SIGKILL)
+        (folder / "prior" / "log.txt").unlink()
+    assert driver.wait(200) == 1
+    (trial,) = sweep.trials().values()
+    assert trial["status"] == "failed" and "its process died" in trial["error"]
+    assert "no trial has finished; the first to fail was condition_bits=2,seed=0: " in sweep.log.read_text()
 
 
 def test_the_best_settings_command_trains_it(local_ray: LocalRay, tmp_path: Path):
@@ -213,12 +230,16 @@ ONLY_IF = {"prior.denoiser.width": {"prior.denoiser.kind": "mlp"}} | {
     f"prior.denoiser.{name}": {"prior.denoiser.kind": "unet"} for name in ("channels", "head_dim", "multipliers")
 }"""
     sweep = Sweep(tmp_path, local_ray, "tune_ddmi", space)
-    drop = [sweep.command.index("--prior.denoiser.width"), sweep.command.index("--prior.denoiser.num-blocks")]
-    for place in sorted(drop, reverse=True):
-        del sweep.command[place : place + 2]
     finished = sweep.run("--search", "optuna", "--num-samples", "2", "--seeds", "2")
     assert finished.returncode == 0, finished.stderr
-    trials = list(sweep.trials().values())
+    text = (sweep.folder / "report.md").read_text()
+    assert (
+        "# Sweep tiny: prior.denoiser.kind, " in text and shlex.split(text.split("```")[1])[1] == "jobs/train_ddmi.py"
+    )
+    before = sweep.trials()
+    more = sweep.run("--search", "optuna", "--num-samples", "2", "--seeds", "2", "--resume")  # finds all as it was
+    assert more.returncode == 0 and sweep.trials() == before
+    trials = list(before.values())
     assert len(trials) == 4 and {trial["status"] for trial in trials} == {"finished"}
     assert sorted(trial["seed"] for trial in trials) == [0, 0, 1, 1]
     for trial in trials:

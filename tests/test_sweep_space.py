@@ -1,5 +1,6 @@
 """Search spaces: what they may hold, when their fields apply, and that the bundled ones fit their presets."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,34 @@ def test_a_trial_is_called_by_its_values_and_no_two_by_one_name():
         trial_name({"a.place": place}, 0) for place in ("s3://a/b", "s3:__a_b", "s3://a b", "x" * 300, "x" * 301)
     ]
     assert len(set(awkward)) == 5 and all("/" not in name and len(name) < 128 for name in awkward)
+
+
+def test_a_trial_keeps_its_name_through_json():
+    values = {"prior.denoiser.multipliers": (1, 2), "prior_training.optim.lr": 0.1 + 0.2}
+    assert trial_name(values, 0) == trial_name(json.loads(json.dumps(values)), 0)
+
+
+def test_a_condition_on_a_field_that_does_not_apply_does_not_hold(tmp_path: Path):
+    text = """SPACE = {name: tune.choice([1, 2]) for name in ("a", "b", "c")}
+ONLY_IF = {"b": {"a": 1}, "c": {"b": 2}}"""
+    space = load_space(write_space(tmp_path, text))
+    assert space.applicable({"a": 2, "b": 2, "c": 1}) == {"a": 2}
+    assert space.applicable({"a": 1, "b": 2, "c": 1}) == {"a": 1, "b": 2, "c": 1}
+
+
+@pytest.mark.parametrize(
+    ("one", "preset", "changes", "fields", "message"),
+    [
+        ("BETA_Z", "furniture-image", {"evaluation.num_samples": 1}, [], "evaluation.num_samples=1 leaves out"),
+        ("CONDITION_BITS", "furniture-image-mnif", {}, [], "prior.kind=latent-diffusion has no conditions"),
+        ("NUM_EXPERTS", "furniture-image", {}, ["prior.condition_bits"], "prior.condition_bits would change nothing"),
+    ],
+)
+def test_what_a_study_cannot_measure_is_refused(one: str, preset: str, changes: dict, fields: list, message: str):
+    asked = getattr(study, one)
+    experiment = override(PRESETS[asked.family][preset](), changes)
+    with pytest.raises(ValueError, match=message):
+        asked.check(experiment, fields)
 
 
 def test_only_fields_of_the_prior_leave_the_autoencoder_to_be_shared():

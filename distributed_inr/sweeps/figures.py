@@ -22,8 +22,6 @@ _UNITS = {
 
 def write_figures(folder: Path, study: Study, settings: Sequence[Setting], *, title: str) -> list[Path]:
     """measures.png: the study's measures against each varied field; curves.png: measures against each other."""
-    for path in folder.glob("*.png"):
-        path.unlink()
     fields = fields_of(trial for setting in settings for trial in setting.trials)
     figure = Figure(figsize=(4.4 * len(study.panels), 3.6 * len(fields)), layout="constrained", dpi=120)
     figure.suptitle(title, fontsize=11)
@@ -48,7 +46,7 @@ def _against_field(panel: Axes, settings: Sequence[Setting], path: str, measure:
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     places = values if numbers else [str(value) for value in values]
     means = [setting.mean(measure) for setting in shown]
-    bars = [setting.spread(measure) for setting in shown]
+    bars = [setting.bar(measure) for setting in shown]
     alone = all(len(setting.values) == 1 for setting in settings)
     panel.errorbar(places, means, yerr=bars, fmt="o-" if alone and numbers else "o", capsize=3, color="C0")
     if numbers and len(values) > 1 and min(values) > 0 and max(values) >= 30 * min(values):
@@ -64,7 +62,7 @@ def _against_measure(panel: Axes, settings: Sequence[Setting], x: str, y: str) -
         panel.plot([setting.mean(x) for setting in shown], [setting.mean(y) for setting in shown], color="#c8c8c8")
     for index, setting in enumerate(shown):
         where = (setting.mean(x), setting.mean(y))
-        wide, high = setting.spread(x), setting.spread(y)
+        wide, high = setting.bar(x), setting.bar(y)
         panel.errorbar(*where, xerr=wide, yerr=high, fmt="o", capsize=3, color=f"C{index % 10}")
         text = ", ".join(str(value) for value in setting.values.values())
         panel.annotate(text, where, xytext=(5, 5), textcoords="offset points", fontsize=8)

@@ -1,5 +1,6 @@
 """Settings: the trials of a sweep that differ in their seed alone, and means over these."""
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,12 @@ class Setting:
     values: Mapping[str, Any]
     trials: Sequence[Trial]
 
+    def count(self, measure: str) -> int:
+        """Of the seeds that were measured."""
+        return len(self._all(measure))
+
     def has(self, measure: str) -> bool:
-        return bool(self._all(measure))
+        return self.count(measure) > 0
 
     def mean(self, measure: str) -> float:
         return statistics.mean(self._all(measure))
@@ -26,15 +31,21 @@ class Setting:
         found = self._all(measure)
         return statistics.stdev(found) if len(found) > 1 else 0.0
 
-    def spread(self, measure: str) -> float:
-        """Half an error bar: the deviation over seeds; of a single one, its standard error where it has one."""
-        error = f"{measure}_standard_error"
-        return self.mean(error) if len(self.trials) == 1 and self.has(error) else self.deviation(measure)
+    def error(self, measure: str) -> float | None:
+        """Standard error of the mean: by the seeds, of a single one its own where it has one; None if not known."""
+        if self.count(measure) > 1:
+            return self.deviation(measure) / math.sqrt(self.count(measure))
+        own = f"{measure}_standard_error"
+        return self.mean(own) if self.has(own) else None
+
+    def bar(self, measure: str) -> float:
+        """Half an error bar: the deviation over seeds, or the error of a single one."""
+        return self.deviation(measure) if self.count(measure) > 1 else self.error(measure) or 0.0
 
     def shown(self, measure: str) -> str:
         if not self.has(measure):
             return ""
-        spread = f" ± {short(self.deviation(measure))}" if len(self._all(measure)) > 1 else ""
+        spread = f" ± {short(self.deviation(measure))}" if self.count(measure) > 1 else ""
         return short(self.mean(measure)) + spread
 
     @property

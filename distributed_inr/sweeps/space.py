@@ -54,13 +54,14 @@ class Space:
         """The fields, with a `choice` (of ray.tune) in place of each grid, for searches that learn as they go."""
         return {path: choice(field["grid_search"]) if _is_grid(field) else field for path, field in self.fields.items()}
 
-    def applicable(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Of drawn values, those whose conditions hold."""
-        return {
-            path: value
-            for path, value in values.items()
-            if all(values.get(other) == wanted for other, wanted in self.only_if.get(path, {}).items())
-        }
+    def applicable(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
+        """Of drawn values, those whose conditions hold among those that apply themselves."""
+
+        def applies(path: str) -> bool:
+            conditions = self.only_if.get(path, {})
+            return all(drawn.get(other) == wanted and applies(other) for other, wanted in conditions.items())
+
+        return {path: value for path, value in drawn.items() if applies(path)}
 
     def check(self, experiment: Experiment) -> None:
         """Raises ValueError for fields that the experiment lacks (naming the nearest), or that a sweep sets itself."""
@@ -97,8 +98,9 @@ def load_space(path: Path) -> Space:
 def trial_name(values: Mapping[str, Any], seed: int) -> str:
     """A folder's name that says what a trial is, the same for the same values.
 
-    Fields are called by their last part where that is unique.
+    Fields are called by their last part where that is unique. Lists are called as tuples are: JSON knows no other.
     """
+    values = {path: tuple(value) if isinstance(value, list) else value for path, value in values.items()}
     lasts = [path.rpartition(".")[2] for path in values]
     named = [
         f"{last if lasts.count(last) == 1 else path}={value}"

@@ -5,7 +5,7 @@ What decides is never the training loss: that of a D2C-VAE contains beta_z, and 
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,9 @@ import torch
 from distributed_inr import analysis
 from distributed_inr.experiment import Experiment
 from distributed_inr.generation import load
-from distributed_inr.models import D2CVAE
+from distributed_inr.models import D2CVAE, HierarchicalDiffusion
 from distributed_inr.pipeline import STAGES, StageName
+from distributed_inr.sweeps.space import shares_autoencoder
 
 Measures = dict[str, float]
 
@@ -42,6 +43,7 @@ class Study:
         preset: the one it takes unless told otherwise.
         space: the file it takes unless told otherwise.
         stages: of a trial.
+        check: raises ValueError where an experiment, or fields to vary, have nothing that it can measure.
         measure: measures of a finished trial.
         objective: the measure that decides.
         mode: whether less or more of it is better.
@@ -56,6 +58,7 @@ class Study:
     preset: str
     space: Path
     stages: tuple[StageName, ...]
+    check: Callable[[Experiment, Collection[str]], None]
     measure: Callable[[Experiment], Measures]
     objective: str
     mode: Literal["min", "max"]
@@ -68,11 +71,40 @@ class Study:
         return objective if self.mode == "max" else -objective
 
 
+def check_samples(experiment: Experiment, fields: Collection[str]) -> None:
+    """Are there samples to judge by?"""
+    if experiment.evaluation.num_samples < 2:
+        raise ValueError(
+            f"evaluation.num_samples={experiment.evaluation.num_samples} leaves out the quality of samples, which a "
+            "trial is judged by; set --evaluation.num-samples 256"
+        )
+
+
+def check_beta_z(experiment: Experiment, fields: Collection[str]) -> None:
+    check_samples(experiment, fields)
+    if not isinstance(experiment.autoencoder, D2CVAE):
+        raise ValueError(f"autoencoder.kind={experiment.autoencoder.kind} has no KL term; take a preset with d2c-vae")
+
+
+def check_experts(experiment: Experiment, fields: Collection[str]) -> None:
+    if shares_autoencoder(fields):
+        raise ValueError(
+            f"trials train the autoencoder alone, and {', '.join(fields)} would change nothing of it; see "
+            "jobs/tune_hcdm.py for fields of the prior"
+        )
+
+
+def check_conditions(experiment: Experiment, fields: Collection[str]) -> None:
+    check_samples(experiment, fields)
+    if not isinstance(experiment.prior, HierarchicalDiffusion):
+        raise ValueError(
+            f"prior.kind={experiment.prior.kind} has no conditions; take a preset with hierarchical-diffusion"
+        )
+
+
 def reconstruction(experiment: Experiment) -> Measures:
     """psnr and ssim of held-out signals, parameters of the autoencoder, and the seconds that its training took."""
-    held_out = _evaluation(experiment).get("val")
-    if held_out is None:
-        raise ValueError("data.val is not set: there is nothing held out to measure a trial by; set --data.val")
+    held_out = _evaluation(experiment)["val"]
     return {
         **{name: held_out[name] for name in experiment.domain.metrics},
         "parameters": float(_parameters(experiment)),
@@ -82,23 +114,18 @@ def reconstruction(experiment: Experiment) -> Measures:
 
 def sample_quality(experiment: Experiment) -> Measures:
     """kid of samples, with its standard error, beside `reconstruction`."""
-    kid = _evaluation(experiment)["samples"].get("kid_efficientnet_lite0")
-    if kid is None:
-        raise ValueError(
-            f"evaluation.num_samples={experiment.evaluation.num_samples} leaves out the quality of samples, which a "
-            "trial is judged by; set --evaluation.num-samples 256"
-        )
+    kid = _evaluation(experiment)["samples"]["kid_efficientnet_lite0"]
     return {"kid": kid["value"], "kid_standard_error": kid["standard_error"]} | reconstruction(experiment)
 
 
 def rate_and_distortion(experiment: Experiment) -> Measures:
     """kl of held-out posteriors to N(0, 1), in nats a signal, beside `sample_quality` (DDMI, eq. 5)."""
-    assert isinstance(experiment.autoencoder, D2CVAE)
-    weight = experiment.autoencoder.kl_weight
+    cfg = experiment.autoencoder
+    assert isinstance(cfg, D2CVAE)
+    rise = min(1.0, experiment.autoencoder_training.num_samples / max(1, cfg.kl_anneal_samples))
+    weight = cfg.kl_weight * (cfg.kl_start + (1 - cfg.kl_start) * rise)  # the loss is weighted, as at its end
     measures = sample_quality(experiment)
-    if weight > 0:  # the loss is weighted, and fully risen at the end
-        measures["kl"] = _last_metrics(experiment, "autoencoder")["val/kl"] / weight
-    return measures
+    return measures | ({"kl": _last_metrics(experiment, "autoencoder")["val/kl"] / weight} if weight > 0 else {})
 
 
 def conditional_deviations(experiment: Experiment) -> Measures:
@@ -125,6 +152,7 @@ BETA_Z = Study(
     preset="furniture-image-short",
     space=Path("tune_spaces/beta_z.py"),
     stages=STAGES,
+    check=check_beta_z,
     measure=rate_and_distortion,
     objective="kid",
     mode="min",
@@ -137,6 +165,7 @@ NUM_EXPERTS = Study(
     preset="furniture-image-short",
     space=Path("tune_spaces/num_experts.py"),
     stages=("autoencoder", "evaluation"),
+    check=check_experts,
     measure=reconstruction,
     objective="psnr",
     mode="max",
@@ -150,6 +179,7 @@ CONDITION_BITS = Study(
     preset="furniture-image-short",
     space=Path("tune_spaces/condition_bits.py"),
     stages=STAGES,
+    check=check_conditions,
     measure=conditional_deviations,
     objective="kid",
     mode="min",

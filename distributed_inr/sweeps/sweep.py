@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import socket
 import sys
 import uuid
@@ -26,7 +27,7 @@ from distributed_inr.data import storage
 from distributed_inr.experiment import Experiment
 from distributed_inr.launch import in_ray_job, launcher
 from distributed_inr.presets import PRESETS
-from distributed_inr.run_folder import locked, settle_output, write_text
+from distributed_inr.run_folder import locked, settle_checkpoints, settle_output, write_text
 from distributed_inr.sweeps import report
 from distributed_inr.sweeps.space import Space, load_space, shares_autoencoder
 from distributed_inr.sweeps.study import Study
@@ -71,6 +72,7 @@ def main(argv: Sequence[str], study: Study, *, description: str) -> Path:
     parser = Parser(usage=f"{sys.argv[0]} [--option value ...] [--field value ...]", add_help=False, allow_abbrev=False)
     for name, (_, value, text) in leaves(Sweep, sweep).items():
         shown = "none" if value is None else value
+        value, shown = (None, "that of the space") if name == "name" else (value, shown)
         parser.add_argument("--" + name.replace("_", "-"), default=value, metavar="", help=f"{text} (default: {shown})")
     parser.add_argument("--resume", action="store_true", help="Go on with a sweep; an error where there is none.")
     options, flags = parser.parse_known_args(argv)
@@ -78,18 +80,18 @@ def main(argv: Sequence[str], study: Study, *, description: str) -> Path:
         print(description, parser.format_help(), sep="\n")
     given = vars(options)
     resume = given.pop("resume")
+    given["name"] = given["name"] or Path(given["space"]).stem.replace("_", "-")
     optional = ("num_samples", "max_concurrent")
     sweep = override(sweep, {k: None if k in optional and value == "none" else value for k, value in given.items()})
     experiment = parse([sweep.preset, *flags], PRESETS[study.family], default=study.preset, description="Fields:")
-    return run(sweep, experiment, study, flags=flags, resume=resume)
+    return run(sweep, experiment, study, resume=resume)
 
 
-def run(sweep: Sweep, experiment: Experiment, study: Study, *, flags: Sequence[str] = (), resume: bool = False) -> Path:
+def run(sweep: Sweep, experiment: Experiment, study: Study, *, resume: bool = False) -> Path:
     """Make a sweep complete, or go on with one that was interrupted. Returns the path of its report.
 
     Args:
         experiment: what all trials share.
-        flags: that made it of its preset, for the command that trains the best setting.
         resume: raise ValueError where there is nothing to go on with.
 
     Raises:
@@ -100,7 +102,8 @@ def run(sweep: Sweep, experiment: Experiment, study: Study, *, flags: Sequence[s
     space.check(experiment)
     _check(sweep, experiment, study, space)
     with signals(stoppable=False), launcher(experiment.scale) as place:
-        experiment = settle_output(experiment, shared=place.num_nodes > 1 or in_ray_job())
+        shared = place.num_nodes > 1 or in_ray_job()
+        experiment = settle_checkpoints(settle_output(experiment, shared=shared), shared=shared)
         folder = Path(experiment.output).expanduser() / "sweeps" / sweep.name
         if resume and not (folder / "sweep.json").exists():
             raise ValueError(f"--resume: {folder} holds no sweep; leave it out to begin one")
@@ -111,12 +114,10 @@ def run(sweep: Sweep, experiment: Experiment, study: Study, *, flags: Sequence[s
             base = _as_trial(experiment, sweep, folder, workers)
             if shares_autoencoder(space.fields):
                 base = _share(base, experiment, folder)
+                experiment = override(experiment, {"autoencoder_from": base.autoencoder_from})
             trials = Trials(base, space, study, session=uuid.uuid4().hex)
             _tune(trials, sweep, folder, resources=resources, most=most)
-            command = ["python", f"jobs/train_{study.family}.py", sweep.preset, *flags]
-            if base.autoencoder_from is not None:
-                command += ["--autoencoder-from", base.autoencoder_from]
-            return report.write(folder, trials, sweep_name=sweep.name, command=command)
+            return report.write(folder, trials, sweep_name=sweep.name, preset=sweep.preset, experiment=experiment)
 
 
 def _check(sweep: Sweep, experiment: Experiment, study: Study, space: Space) -> None:
@@ -126,7 +127,13 @@ def _check(sweep: Sweep, experiment: Experiment, study: Study, space: Space) -> 
         raise ValueError("scale.launcher=none does not run a sweep, whose trials Ray places; leave it out")
     if experiment.data.val is None:
         raise ValueError("data.val is not set: there is nothing held out to measure trials by; set --data.val")
+    study.check(experiment, space.fields)
     if sweep.scheduler == "asha":
+        if "autoencoder_training.num_samples" in space.fields:
+            raise ValueError(
+                f"{space.path}: autoencoder_training.num_samples cannot be varied with scheduler=asha, which compares "
+                "trials at equal parts of it; use --scheduler none"
+            )
         if study.early is None:
             raise ValueError(
                 f"scheduler=asha stops trials by what they are worth half-way, and {study.about} is judged by finished "
@@ -160,10 +167,12 @@ def _resources(sweep: Sweep, experiment: Experiment) -> tuple[int, Mapping[str, 
     have = ray.cluster_resources()
     kind = "GPU" if have.get("GPU", 0) > 0 else "CPU"
     workers, number = experiment.scale.num_workers or 1, int(have.get(kind, 0))
-    if workers > number and sweep.max_concurrent is None:
+    if number == 0:
+        raise ValueError("the cluster has neither CPUs nor GPUs for trials now; start one node of workers first")
+    if workers > number and (sweep.max_concurrent is None or kind == "CPU"):
         raise ValueError(
             f"scale.num_workers={workers} for each trial, but the cluster has {number} {kind}s: {workers - number} are "
-            "missing. Lower it, add nodes, or set --max-concurrent where nodes come as they are needed"
+            "missing. Lower it or add nodes; where nodes with GPUs come as they are needed, set --max-concurrent"
         )
     if workers == 1:
         return 1, {"CPU": 1} | ({"GPU": 1} if kind == "GPU" else {}), sweep.max_concurrent or 0
@@ -173,8 +182,9 @@ def _resources(sweep: Sweep, experiment: Experiment) -> tuple[int, Mapping[str, 
 def _begin(folder: Path, sweep: Sweep, experiment: Experiment, space: Space) -> None:
     """Record what the sweep is, or refuse another one in its place."""
     tree = to_dict(experiment)
+    options = {name: value for name, value in to_dict(sweep).items() if name not in ("max_concurrent", "space")}
     record = {
-        "sweep": to_dict(replace(sweep, max_concurrent=None)),
+        "sweep": options,
         "experiment": {name: value for name, value in tree.items() if name not in ("output", "scale")},
         "space": space.path.read_text(),
     }
@@ -183,7 +193,7 @@ def _begin(folder: Path, sweep: Sweep, experiment: Experiment, space: Space) -> 
         there = json.loads(path.read_text())
         if changed := differences(there, record):
             shown = "; ".join(
-                name if name == "space" else f"{name} is {old} there and {new} here"
+                f"what {space.path} holds" if name == "space" else f"{name} is {old} there and {new} here"
                 for name, (old, new) in changed.items()
             )
             raise ValueError(
@@ -233,7 +243,8 @@ def _as_trial(experiment: Experiment, sweep: Sweep, folder: Path, workers: int) 
 
 
 def _first_rung(experiment: Experiment) -> int:
-    return max(experiment.autoencoder_training.batch_size, experiment.autoencoder_training.num_samples // _RUNGS)
+    training = experiment.autoencoder_training
+    return min(training.num_samples, max(training.batch_size, training.num_samples // _RUNGS))
 
 
 def _share(base: Experiment, experiment: Experiment, folder: Path) -> Experiment:
@@ -245,35 +256,44 @@ def _share(base: Experiment, experiment: Experiment, folder: Path) -> Experiment
 
 
 def _tune(trials: Trials, sweep: Sweep, folder: Path, *, resources: Mapping[str, float], most: int) -> None:
+    """Have Tune begin all trials, also those of earlier sessions: finished ones answer at once.
+
+    Its own way to go on would bring back the placement of the first session, and forget what it has stopped.
+    """
     from ray import tune
 
-    directory = os.getcwd()
+    end, directory = trials.experiment.autoencoder_training.num_samples, os.getcwd()
 
-    def trial(drawn: dict[str, Any]) -> None:
+    def trial(config: dict[str, Any]) -> None:
         if os.path.isdir(directory):
             os.chdir(directory)  # that relative paths refer to
-        values = dict(drawn)
-        index = values.pop("__trial_index__", 0)  # of Optuna's repetitions
-        seed = values.pop("seed", trials.experiment.seed + index)
-        end = trials.experiment.autoencoder_training.num_samples
 
         def observe(found: dict[str, Any]) -> None:
             if found["samples"] < end:  # a trial that has got there is to be measured, not stopped
                 tune.report(found)
 
-        finished = trials.run(values, seed, observe=observe)
+        finished = trials.run(*_drawn(config, trials), observe=observe)
         tune.report({"samples": end, "score": trials.study.score(finished.measures[trials.study.objective])})
 
-    trainable, state = tune.with_resources(trial, dict(resources)), folder.absolute() / "tune" / "state"
-    if tune.Tuner.can_restore(str(state)):
-        tuner = tune.Tuner.restore(str(state), trainable=trainable, resume_errored=True)
-    else:
-        tuner = _tuner(trainable, trials, sweep, folder, most=most)
+    shutil.rmtree(folder / "tune", ignore_errors=True)
+    tuner = _tuner(tune.with_resources(trial, dict(resources)), trials, sweep, folder, most=most)
     with Table(trials, sweep.name) as table:
         fitted = Background("tune").submit(tuner.fit)
         while wait([fitted], _POLL_SECONDS).not_done:
             table.show()
-        fitted.result()
+        for result in fitted.result():
+            one = trials.begin(*_drawn(result.config, trials))
+            if result.error is not None and one.status != "failed":
+                trials.fail(one, f"its process died, also after scale.max_failures restarts: {result.error}")
+            elif one.status == "running":
+                trials.record(replace(one, status="stopped"))
+
+
+def _drawn(config: Mapping[str, Any], trials: Trials) -> tuple[dict[str, Any], int]:
+    """What Tune has drawn for a trial, and its seed."""
+    values = dict(config)
+    index = values.pop("__trial_index__", 0)  # of Optuna's repetitions
+    return values, values.pop("seed", trials.experiment.seed + index)
 
 
 def _tuner(trainable: Callable[..., Any], trials: Trials, sweep: Sweep, folder: Path, *, most: int) -> Any:
@@ -285,19 +305,15 @@ def _tuner(trainable: Callable[..., Any], trials: Trials, sweep: Sweep, folder: 
     num_samples = sweep.num_samples or (1 if space.is_grid and sweep.search == "random" else _DRAWN)
     seeds = list(range(experiment.seed, experiment.seed + sweep.seeds))
     if sweep.search == "optuna":
-        from ray.tune.search.optuna import OptunaSearch
-
-        fields = space.without_grids(tune.choice)
-        search: Any = OptunaSearch(seed=experiment.seed)
+        search: Any = _optuna(trials, num_samples)
+        fields, limit = space.without_grids(tune.choice), most or None
         if sweep.seeds > 1:
             search, num_samples = Repeater(search, repeat=sweep.seeds), num_samples * sweep.seeds
-        limit = most or None
     else:
-        fields = {**space.fields, "seed": tune.grid_search(seeds)}
+        fields, limit = {**space.fields, "seed": tune.grid_search(seeds)}, None
         search = BasicVariantGenerator(
             constant_grid_search=True, random_state=experiment.seed, max_concurrent=most or 0
         )
-        limit = None
     scheduler = FIFOScheduler()
     if sweep.scheduler == "asha":
         scheduler = ASHAScheduler(
@@ -324,3 +340,18 @@ def _tuner(trainable: Callable[..., Any], trials: Trials, sweep: Sweep, folder: 
             verbose=0,
         ),
     )
+
+
+def _optuna(trials: Trials, num_samples: int) -> Any:
+    """The search, which begins with the settings of an earlier session."""
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    known: list[dict[str, Any]] = []
+    for trial in trials.known():
+        drawn = {path: value for path, value in trial.drawn.items() if hasattr(trials.space.fields[path], "sample")}
+        known += [drawn] if drawn not in known else []
+    sampler = optuna.samplers.TPESampler(
+        n_startup_trials=max(1, num_samples // 3), seed=trials.experiment.seed + len(known)
+    )
+    return OptunaSearch(sampler=sampler, points_to_evaluate=known or None)

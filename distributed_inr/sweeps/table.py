@@ -1,9 +1,10 @@
 """The trials of a running sweep, as a table."""
 
+import shutil
 import sys
 import time
 
-from distributed_inr.sweeps.trial import Trial, Trials, read_trials, samples_seen
+from distributed_inr.sweeps.trial import Trial, Trials
 
 _LINE_SECONDS = 30.0
 
@@ -26,6 +27,10 @@ class Table:
         ended = sum(text.count(f"  {status} ") for status in ("finished", "failed"))
         text = f"{self.title}, {now - self.begin:.0f} s\n{text}"
         if self.drawn:
+            columns = shutil.get_terminal_size().columns
+            text = "".join(
+                line[: columns - 1] + "\n" for line in text.splitlines()
+            )  # a wrapped line would not be undone
             up = f"\x1b[{self.height}A\x1b[J" if self.height else ""
             self.height = text.count("\n")
             print(up + text, end="", file=sys.stderr, flush=True)
@@ -36,8 +41,8 @@ class Table:
     def _text(self) -> str:
         trials = self.trials
         rows = [("trial", "status", "progress", trials.study.objective)]
-        for trial in read_trials(trials.experiment):
-            value = trial.measures.get(trials.study.objective, trial.early)
+        for trial in trials.known():
+            value = trial.measures.get(trials.study.objective, trial.early[-1][1] if trial.early else None)
             shown = "" if value is None else f"{value:.4g}"
             rows.append((trial.name, trial.status, _progress(trials, trial), shown))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -47,9 +52,8 @@ class Table:
 def _progress(trials: Trials, trial: Trial) -> str:
     if trial.status != "running":
         return ""
-    experiment = trials.experiment
-    for stage, training in (("prior", experiment.prior_training), ("autoencoder", experiment.autoencoder_training)):
-        borrowed = stage == "autoencoder" and experiment.autoencoder_from is not None
-        if stage in trials.study.stages and not borrowed and (seen := samples_seen(experiment, trial.name, stage)):
-            return f"{stage} {100 * seen / training.num_samples:.0f} %"
+    for stage in reversed(trials.fitted):
+        if seen := trials.samples_seen(trial.name, stage):
+            length = getattr(trials.experiment, f"{stage}_training").num_samples
+            return f"{stage} {min(100, 100 * seen / length):.0f} %"
     return "begun"
