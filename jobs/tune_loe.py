@@ -1,7 +1,7 @@
 """Sweep the number of experts of CHINR's layers: held-out PSNR against parameters and time.
 
 python jobs/tune_loe.py                                      # five numbers on bundled pictures, a local Ray
-python jobs/tune_loe.py --scheduler asha                     # stop those that lag behind
+python jobs/tune_loe.py --scheduler asha --name experts-asha # stop those that lag behind
 ray job submit -- python jobs/tune_loe.py --scale.num-workers 4         # on a running cluster
 
 A trial trains the autoencoder alone and is judged by the PSNR of held-out signals. The same command again goes on with
