@@ -25,6 +25,8 @@ ORDER = (
     "run_folder",
     "latents",
     "pipeline",
+    "needs",
+    "plan",
     "sweeps",
 )
 DISTRIBUTED = {"ray", "deepspeed", "accelerate", "webdataset", "torch.distributed"}

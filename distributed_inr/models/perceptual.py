@@ -21,11 +21,11 @@ def lpips(
     weights: str,
 ) -> Float[Tensor, " batch"]:
     """LPIPS of pictures in [-1, 1]; gradients flow to both. `weights`: path of torchvision's checkpoint."""
-    return _network(network, weights, a.device)(a, b).flatten()
+    return load_network(network, weights, a.device)(a, b).flatten()
 
 
 @functools.cache
-def _network(network: Network, weights: str, device: torch.device) -> nn.Module:
+def load_network(network: Network, weights: str, device: torch.device) -> nn.Module:
     """Frozen, and outside the trained module, so that neither checkpoints nor optimizer know of it."""
     import_torchvision()
     from torchmetrics.functional.image.lpips import _NoTrainLpips  # its linear heads come with the package
