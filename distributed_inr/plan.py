@@ -114,7 +114,10 @@ def _plan(
         samples = [num_samples // num_shards + (i < num_samples % num_shards) for i in range(num_shards)]
     total = sum(samples) if samples else None
 
-    experiment = experiment.settle(total or _MANY)
+    settled = experiment.settle(total or _MANY)
+    if total is None and settled != experiment:
+        notes.append(f"{_MANY:,} signals are assumed where the prior's size depends on their number")
+    experiment = settled
     with torch.device("meta"):
         autoencoder = experiment.autoencoder.build(experiment.domain)
         prior = experiment.prior.build(autoencoder.latent_shape)

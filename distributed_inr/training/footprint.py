@@ -130,14 +130,15 @@ class Tensors:
         if stage == 0:
             during, after = 0, min(count, _ALL_REDUCE + largest)
         elif stage in (1, 2):
-            others = max(0, count - self._owned_gradients(own, rank))
+            waiting = max(0, count - self._owned_gradients(own, rank))
             if stage == 1:
-                during = others + (self.bucket if is_cuda else 0)
+                during = waiting + (self.bucket if is_cuda else 0)
             elif is_cuda:
-                during = self.bucket + largest
+                during = waiting = self.bucket + largest
             else:
-                during = min(others, bucket + largest) + (bucket if bucket < count else 0)
-            after = max(min(others, bucket + largest) + bucket, own)
+                waiting = min(waiting, bucket + largest)
+                during = waiting + (bucket if bucket < count else 0)
+            after = max(waiting + bucket, own)
         else:
             gathered = 0
             if world > 1:
