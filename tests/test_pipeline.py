@@ -276,7 +276,7 @@ def test_a_run_takes_another_runs_autoencoder_and_trains_a_prior_of_its_own(expe
     again = written(other.folder)
     pipeline.run(other)
     assert written(other.folder) == again
-    third = override(other, {"name": "third", "autoencoder_from": str(other.folder)})  # what it names has borrowed itself
+    third = override(other, {"name": "third", "autoencoder_from": str(other.folder)})  # a borrower
     for _ in range(2):
         pipeline.run(third)
     assert (third.folder / "latents").samefile(experiment.folder / "latents")
