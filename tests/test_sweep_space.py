@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from ray import tune
 
 from distributed_inr.config import override
 from distributed_inr.presets import PRESETS
@@ -100,6 +99,8 @@ def test_a_field_is_varied_only_where_its_condition_holds():
 
 
 def test_a_grid_becomes_a_choice_for_searches_that_learn():
+    from ray import tune  # not above: Ray reads its token when it is first imported, before there is a cluster of ours
+
     space = load_space(Path("tune_spaces/condition_bits.py"))
     assert space.is_grid and not load_space(Path("tune_spaces/latent_denoiser.py")).is_grid
     field = space.without_grids(tune.choice)["prior.condition_bits"]
