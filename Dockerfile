@@ -8,7 +8,8 @@
 ARG BASE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 FROM ${BASE}
 
-ARG TORCH_INDEX=https://pypi.org/simple
+# One more package index, for torch; none: pip's own.
+ARG TORCH_INDEX=
 ARG EXTRAS=s3,optuna
 
 # Kubernetes must see a number to know that it is not root; some base images have a user 1000 already.
@@ -30,7 +31,7 @@ WORKDIR /opt/distributed_inr
 COPY pyproject.toml constraints.txt README.md LICENSE NOTICE ./
 RUN mkdir distributed_inr \
     && touch distributed_inr/__init__.py \
-    && python -m pip install --extra-index-url "${TORCH_INDEX}" -c constraints.txt -e ".[${EXTRAS}]"
+    && python -m pip install ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} -c constraints.txt -e ".[${EXTRAS}]"
 COPY distributed_inr distributed_inr
 COPY jobs jobs
 COPY tune_spaces tune_spaces

@@ -80,7 +80,7 @@ class Trials:
         """Make a trial complete, from where it is. `observe` is called with {"samples", "score"} as it goes on, and
         with what it had seen before.
 
-        A trial that has failed in this session fails again at once, with the same error.
+        A trial that has failed in this call of the sweep fails again at once, with the same error.
         """
         trial = self.begin(drawn, seed)
         folder = self.folder(trial.name)
