@@ -1,8 +1,10 @@
 """Experiment: every option of every verb, in one frozen config."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -44,6 +46,8 @@ class Evaluation:
     """Held-out signals reconstructed at most."""
     batch_size: Annotated[int, pydantic.Field(gt=0)] = 32
     """Signals or samples a step."""
+    surface_points: Annotated[int, pydantic.Field(gt=0)] = 2048
+    """Points on each surface that Chamfer distances are taken between, of domains whose signals have one."""
     inception_weights: str | None = None
     """Path of Inception weights for FID, precision and recall; without it they are left out and said to be."""
 
@@ -140,9 +144,9 @@ class Experiment:
                 "belong to the samples of the data it began with; restore them, or choose another --name"
             )
 
-    def settle(self, num_signals: int) -> "Experiment":
-        """With what depends on the number of training signals set, if it was left open."""
-        return replace(self, prior=self.prior.settle(num_signals))
+    def settle(self, num_signals: int, protocol: Mapping[str, Any] = MappingProxyType({})) -> "Experiment":
+        """With what depends on the training set, by its size or its protocol, set if it was left open."""
+        return replace(self, prior=self.prior.settle(num_signals), domain=self.domain.settle(protocol))
 
     @property
     def bank(self) -> AutoDecoding | None:

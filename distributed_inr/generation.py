@@ -24,7 +24,6 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from distributed_inr.config import from_json, to_json
-from distributed_inr.data import pictures
 from distributed_inr.domains import AnyDomain, Signal
 from distributed_inr.domains.domain import seeds_for
 from distributed_inr.experiment import DEFAULT_OUTPUT, Experiment
@@ -34,9 +33,6 @@ from distributed_inr.models.hierarchical_diffusion import HierarchicalDiffusionM
 from distributed_inr.models.noising import Sampler
 from distributed_inr.randomness import sample_seed
 from distributed_inr.sheets import fit, in_rows, sheet
-
-MAX_RESOLUTION = 16_384
-"""Pixels a side of the largest picture that the jobs write (3.2 GB in memory)."""
 
 _SHEET_PICTURES = 64
 _SHEET_CELL = 256
@@ -154,7 +150,7 @@ class FieldModel:
         """One's own files, or a batch of signals, as functions (the posterior mean)."""
         if not isinstance(source, Signal):
             paths = [source] if isinstance(source, str | Path) else list(source)
-            source = _batch([read_file(self.domain, Path(path)) for path in paths])
+            source = _batch([self.domain.open(Path(path)) for path in paths])
         return self.decode(self.autoencoder.encode(source.to(self.device)))
 
     @torch.no_grad()
@@ -225,20 +221,6 @@ def set_weights(module: nn.Module, weights: Mapping[str, Tensor], *, source: str
     module.eval().requires_grad_(False)
 
 
-def read_file(domain: AnyDomain, path: Path) -> Signal:
-    """One's own file as a batch of one signal: a picture, upright, its central square."""
-    try:
-        picture = pictures.decode(path.read_bytes(), max_pixels=domain.max_pixels)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}; give the path of a file") from None
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not a usable picture: {error}; PNG, JPEG, WebP, GIF, BMP and TIFF are read"
-        ) from None
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
-    return domain.signal(pixels.permute(2, 0, 1), key=path.name)
-
-
 def sample_files(
     model: FieldModel,
     out: Path | None = None,
@@ -277,17 +259,18 @@ def sample_files(
         seeds = torch.cat([seeds[:, None], own], dim=1).flatten()
     out = make_folder(out or default_folder(model.folder, "samples"))
     held = "" if fix_layers is None else f"-fix{fix_layers}"
-    stem, digits = f"seed{seed}{held}-{resolution}px", max(3, len(str(len(latents) - 1)))
+    domain = model.domain
+    stem, digits = f"seed{seed}{held}-{resolution}{domain.unit}", max(3, len(str(len(latents) - 1)))
     row = columns or 1
     most = _SHEET_PICTURES // row * row or row
     title = f"the first {most // row} of {count} samples" if len(latents) > most else ""
     paths, shown = [], []
     for latent in latents:
-        rendered = model.decode(latent[None]).render(resolution)[0].cpu()
-        paths.append(out / f"{stem}-{len(paths):0{digits}d}.png")
-        model.domain.save(rendered, paths[-1])
+        rendered = model.decode(latent[None]).render(resolution).cpu()
+        paths.append(out / f"{stem}-{len(paths):0{digits}d}{domain.suffix}")
+        domain.save(rendered[0], paths[-1])
         if len(shown) < most:
-            shown.append(fit(rendered, min(_SHEET_CELL, max(resolution, 128))))
+            shown.append(fit(domain.pictures(rendered)[0], min(_SHEET_CELL, max(resolution, 128))))
     if columns is None:
         paths.append(out / f"{stem}-sheet.png")
         sheet(in_rows(shown), title=title).save(paths[-1])
@@ -315,31 +298,29 @@ def sample_files(
 def reconstruct_files(
     model: FieldModel, files: Sequence[str | Path], out: Path | None = None, *, resolution: int | None = None
 ) -> list[Path]:
-    """Write each picture as its function sees it, at any resolution, and a sheet with the original beside it.
+    """Write each file as its function, read out at any resolution, and a sheet with the original beside it.
 
     Args:
         out: None takes `reconstructions` inside the run folder, or in the working directory where the run is read-only.
         resolution: pixels a side; None takes the domain's base resolution.
     """
     resolution = check_resolution(model, resolution)
-    signals = [read_file(model.domain, Path(file)) for file in files]  # all are read before anything is written
+    domain = model.domain
+    signals = [domain.open(Path(file)) for file in files]  # all are read before anything is written
     out = make_folder(out or default_folder(model.folder, "reconstructions"))
     paths: list[Path] = []
     for file, signal in zip(files, signals, strict=True):
-        rendered = model.encode(signal).render(resolution)[0].cpu()
-        stem = f"{Path(file).stem}-{resolution}px"
-        while out / f"{stem}.png" in paths:
+        rendered = model.encode(signal).render(resolution).cpu()
+        stem = f"{Path(file).stem}-{resolution}{domain.unit}"
+        while out / f"{stem}{domain.suffix}" in paths:
             stem += "-again"
-        paths.append(out / f"{stem}.png")
-        model.domain.save(rendered, paths[-1])
+        paths.append(out / f"{stem}{domain.suffix}")
+        domain.save(rendered[0], paths[-1])
 
-        assert signal.targets is not None
-        original, seen = signal.targets[0] / 255, (signal.inputs[0] + 1) / 2
-        titles = ["original", "what the encoder saw", "its function"]
-        row = [fit(picture, min(max(resolution, 256), 1024)) for picture in (original, seen, rendered)]
-        titles = [f"{t}, {p.shape[-1]} px" for t, p in zip(titles, (original, seen, rendered), strict=True)]
+        row = domain.shown(signal) | {f"its function, {resolution} {domain.unit}": domain.pictures(rendered)[0]}
         paths.append(out / f"{stem}-beside.png")
-        sheet([row], column_titles=titles).save(paths[-1])
+        cell = min(max(resolution, 256), 1024)
+        sheet([[fit(picture, cell) for picture in row.values()]], column_titles=list(row)).save(paths[-1])
     return paths
 
 
@@ -393,8 +374,10 @@ def _batch(signals: Sequence[Signal]) -> Signal:
 
 
 def check_resolution(model: FieldModel, resolution: int | None) -> int:
-    """Pixels a side to read out at; None takes the domain's. Raises ValueError where no picture can be that large."""
+    """What to read out at; None takes the domain's own. Raises ValueError where no file can be that large."""
     resolution = model.domain.size if resolution is None else resolution
-    if not 1 <= resolution <= MAX_RESOLUTION:
-        raise ValueError(f"resolution={resolution} must lie in 1..{MAX_RESOLUTION} pixels a side")
+    if not 1 <= resolution <= model.domain.max_resolution:
+        raise ValueError(
+            f"resolution={resolution} must lie in 1..{model.domain.max_resolution} {model.domain.unit} a side"
+        )
     return resolution

@@ -131,8 +131,8 @@ def _records(signal: Signal, copy: int, latents: Tensor) -> list[Record]:
 def _psnr(module: FieldAutoencoder, signal: Signal, latent: Tensor) -> Float[Tensor, " batch"]:
     """Of each fitted function on what the encoder saw, in dB."""
     queries, values = module.domain.measurements(signal)
-    error = module.domain.observe(module.decode(latent), queries) - values
-    return 20 * math.log10(module.domain.value_span) - 10 * error.square().mean((1, 2)).log10()
+    error = module.domain.squared_error(module.domain.observe(module.decode(latent), queries), values)
+    return 20 * math.log10(module.domain.value_span) - 10 * error.log10()
 
 
 def refuse_foreign_latents(index: ShardIndex, folder: Path, weights: Path) -> None:

@@ -76,7 +76,7 @@ def run(
         )
     experiment = settle_output(experiment, shared=in_ray_job())
     train_index, val_index = indexes(experiment)
-    experiment = experiment.settle(train_index.num_samples)
+    experiment = experiment.settle(train_index.num_samples, train_index.protocol)
     with torch.device("meta"):  # shapes only: what does not fit is found before anything is trained
         autoencoder = experiment.autoencoder.build(experiment.domain)
         prior = experiment.prior.build(autoencoder.latent_shape)

@@ -245,7 +245,6 @@ def _fullest(
 
 def make_signals(autoencoder: FieldAutoencoder, size: int, *, for_prior: bool) -> Signal:
     """A blank micro-batch of the shapes and types that the training of an autoencoder, or of its prior, reads."""
-    domain: Any = autoencoder.domain
     fitting = getattr(autoencoder.cfg, "fitting", None)
     numbers, names = torch.arange(size), [""] * size
     common: dict[str, Any] = dict(key=names, text=names, seed=numbers, position=numbers, number=numbers)
@@ -254,12 +253,8 @@ def make_signals(autoencoder: FieldAutoencoder, size: int, *, for_prior: bool) -
     latent = None
     if isinstance(fitting, AutoDecoding):
         latent = torch.zeros(size, *autoencoder.latent_shape).requires_grad_()
-    return Signal(
-        inputs=torch.zeros(size, 3, domain.size, domain.size),
-        targets=torch.zeros(size, 3, domain.source_size, domain.source_size, dtype=torch.uint8),
-        latent=latent,
-        **common,
-    )
+    inputs, targets = autoencoder.domain.blank(size)
+    return Signal(inputs=inputs, targets=targets, latent=latent, **common)
 
 
 def _training_set(experiment: Experiment) -> tuple[ShardIndex | None, str]:

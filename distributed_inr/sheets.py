@@ -10,9 +10,10 @@ from distributed_inr.domains.image import to_pillow
 
 
 def fit(picture: Float[Tensor, "3 height width"], size: int) -> Image.Image:
-    """A picture in [0, 1] at a size to look at: reduced by Lanczos, enlarged by whole pixels where that is possible."""
+    """A picture in [0, 1] of so many pixels' height to look at: reduced by Lanczos, enlarged by repeating pixels."""
     image = to_pillow(picture)
-    return image.resize((size, size), Image.Resampling.LANCZOS if image.width > size else Image.Resampling.NEAREST)
+    shape = (max(1, round(image.width * size / image.height)), size)
+    return image.resize(shape, Image.Resampling.LANCZOS if image.height > size else Image.Resampling.NEAREST)
 
 
 def in_rows(pictures: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:
@@ -29,9 +30,10 @@ def sheet(
     column_titles: Sequence[str] | None = None,
     title: str = "",
 ) -> Image.Image:
-    """Pictures of one size in a grid on white, with a label under each and titles at the top and the left."""
+    """Pictures of one height in a grid on white, with a label under each and titles at the top and the left."""
     cell = max((picture.width for row in rows for picture in row), default=1)
-    font = ImageFont.load_default(size=max(14, cell // 24))
+    height = max((picture.height for row in rows for picture in row), default=1)
+    font = ImageFont.load_default(size=max(14, height // 24))
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
     def extent(text: str) -> tuple[int, int]:
@@ -45,7 +47,7 @@ def sheet(
     under = max((extent(text)[1] + gap for row in labels or () for text in row if text), default=0)
     columns = max(len(row) for row in rows)
     width = max(left + columns * (cell + gap), (extent(title)[0] + 2 * gap) if title else 0)
-    canvas = Image.new("RGB", (width, top + len(rows) * (cell + under + gap)), "white")
+    canvas = Image.new("RGB", (width, top + len(rows) * (height + under + gap)), "white")
     draw = ImageDraw.Draw(canvas)
 
     if title:
@@ -53,13 +55,13 @@ def sheet(
     for column, text in enumerate(column_titles or ()):
         draw.multiline_text((left + column * (cell + gap) + cell / 2, head), text, "black", font, "ma", align="center")
     for index, row in enumerate(rows):
-        y = top + index * (cell + under + gap)
+        y = top + index * (height + under + gap)
         if row_titles:
-            draw.multiline_text((gap, y + cell / 2), row_titles[index], "black", font, "lm")
+            draw.multiline_text((gap, y + height / 2), row_titles[index], "black", font, "lm")
         for column, picture in enumerate(row):
             x = left + column * (cell + gap)
             canvas.paste(picture, (x, y))
             if labels:
-                place = (x + cell / 2, y + cell + 2)
+                place = (x + cell / 2, y + height + 2)
                 draw.multiline_text(place, labels[index][column], "black", font, "ma", align="center")
     return canvas

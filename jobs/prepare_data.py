@@ -7,115 +7,127 @@ python jobs/prepare_data.py describe ./my_shards/train
 """
 
 import argparse
+import dataclasses
 import json
 import sys
+import types
 import typing
 from pathlib import Path
+from typing import Any
 
 from distributed_inr.config import Parser, command
-from distributed_inr.data import layouts, pictures, prepare
-from distributed_inr.domains.image import MAX_PIXELS
+from distributed_inr.data import prepare
+from distributed_inr.data.layouts import SOURCES, Source
 
 
 @command
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
+    for source in SOURCES.values():
+        verb = verbs.add_parser(source.domain, help=f"{source.noun}s -> train and val shards", allow_abbrev=False)
+        add_options(verb, source)
+    for name, text in (("verify", "check every checksum and key of a set"), ("describe", "say what a set holds")):
+        verbs.add_parser(name, help=text).add_argument(
+            "path", metavar="PATH", help="folder, pattern or address of shards"
+        )
+    arguments = parser.parse_args()
+    {"verify": verify, "describe": describe}.get(arguments.verb, make)(arguments)
 
-    image = verbs.add_parser("image", help="pictures -> train and val shards", allow_abbrev=False)
-    image.add_argument("source", type=Path, metavar="DIR", help="folder of raw pictures")
-    image.add_argument(
+
+def add_options(verb: argparse.ArgumentParser, source: Source) -> None:
+    verb.add_argument("source", type=Path, metavar="DIR", help=f"folder of raw {source.noun}s")
+    verb.add_argument(
         "--out", required=True, metavar="PATH", help="folder to write train/ and val/ to (local or s3://, gs://)"
     )
-    described = "; ".join(f"{name}: {layout.__doc__}" for name, layout in layouts.LAYOUTS.items())
-    image.add_argument("--layout", default="folder", choices=layouts.LAYOUTS, help=f"how DIR is organised. {described}")
-    image.add_argument(
+    first, described = next(iter(source.layouts)), []
+    for name, layout in source.layouts.items():
+        described.append(f"{name}: {' '.join((layout.__doc__ or '').split())}")
+    verb.add_argument(
+        "--layout", default=first, choices=source.layouts, help=f"how DIR is organised. {'; '.join(described)}"
+    )
+    verb.add_argument(
         "--metadata",
         type=Path,
         help="captions, JSON lines: file_name or key, text, class (default: metadata.jsonl in DIR or beside it)",
     )
-    image.add_argument(
+    verb.add_argument(
         "--only",
         action="append",
         default=[],
         metavar="FIELD=A,B",
-        help="keep pictures whose class, text, object or other metadata has one of these values; may be repeated",
+        help=f"keep {source.noun}s whose class, text, object or other metadata has one of these values; repeatable",
     )
-    image.add_argument(
+    own = "".join(f", {split} for {layout}" for layout, split in source.splits.items())
+    verb.add_argument(
         "--split",
         default="auto",
         choices=typing.get_args(prepare.Split),
-        help="what is held out together: "
-        "text (a caption), object, fraction (single pictures), given (train/ and val/ folders), none (default: "
-        "given if there, object for views, text if captions are, else fraction)",
+        help="what is held out together: text (a caption), object, time (the last of each object, or of the files in "
+        "their order), fraction (single items), given (train/ and val/ folders), none (default: given if there"
+        f"{own}, text if captions are, else fraction)",
     )
-    image.add_argument(
+    verb.add_argument(
         "--val-fraction", type=float, default=0.05, help="held-out fraction, chosen by hash (default: 0.05)"
     )
-    image.add_argument("--val-per-class", type=int, help="hold out this many of each class instead")
-    image.add_argument("--split-seed", type=int, default=0, help="another number holds out others (default: 0)")
-    image.add_argument("--size", type=int, help="side in pixels; smaller pictures are left out (default: as they are)")
-    image.add_argument(
-        "--protocol",
-        default="center-crop-lanczos",
-        choices=typing.get_args(pictures.Resize),
-        help="how pictures are brought to --size; recorded in index.json (default: center-crop-lanczos)",
+    verb.add_argument("--val-per-class", type=int, help="hold out this many of each class instead")
+    verb.add_argument(
+        "--val-gap", type=int, default=1, help="with --split time, items left out before the held-out ones (default: 1)"
     )
-    image.add_argument("--enlarge", action="store_true", help="enlarge pictures smaller than --size too")
-    image.add_argument(
-        "--encoding",
-        default="keep",
-        choices=typing.get_args(pictures.Encoding),
-        help="keep: the file's own bytes where no pixel changes, else PNG; webp is lossless (default: keep)",
-    )
-    image.add_argument(
-        "--max-pixels",
-        type=int,
-        default=MAX_PIXELS,
-        help=f"leave out larger pictures undecoded (default: {MAX_PIXELS})",
-    )
-    image.add_argument("--shard-mb", type=float, default=256.0, help="largest shard in MB (default: 256)")
-    image.add_argument("--shard-samples", type=int, default=10_000, help="most samples in a shard (default: 10000)")
-    image.add_argument("--workers", type=int, default=2, help="threads (default: 2)")
-
-    for verb, text in (("verify", "check every checksum and key of a set"), ("describe", "say what a set holds")):
-        verbs.add_parser(verb, help=text).add_argument(
-            "path", metavar="PATH", help="folder, pattern or address of shards"
-        )
-
-    arguments = parser.parse_args()
-    {"image": make_images, "verify": verify, "describe": describe}[arguments.verb](arguments)
+    verb.add_argument("--split-seed", type=int, default=0, help="another number holds out others (default: 0)")
+    hints = typing.get_type_hints(source.form)
+    for option in dataclasses.fields(source.form):
+        add_option(verb, option, hints[option.name])
+    verb.add_argument("--shard-mb", type=float, default=256.0, help="largest shard in MB (default: 256)")
+    verb.add_argument("--shard-samples", type=int, default=10_000, help="most samples in a shard (default: 10000)")
+    verb.add_argument("--workers", type=int, default=2, help="threads (default: 2)")
 
 
-def make_images(arguments: argparse.Namespace) -> None:
+def add_option(verb: argparse.ArgumentParser, option: dataclasses.Field[Any], hint: Any) -> None:
+    """The flag of a form's field."""
+    flag = "--" + option.name.replace("_", "-")
+    text = option.metadata["help"].replace("%", "%%")
+    if "default" not in text and hint is not bool:
+        text += f" (default: {option.default})"
+    if hint is bool:
+        verb.add_argument(flag, action="store_true", help=text)
+        return
+    if isinstance(hint, types.UnionType):
+        (hint,) = (kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    if typing.get_origin(hint) is typing.Literal:
+        verb.add_argument(flag, default=option.default, choices=typing.get_args(hint), help=text)
+    else:
+        verb.add_argument(flag, default=option.default, type=hint, help=text)
+
+
+def make(arguments: argparse.Namespace) -> None:
     only = {}
     for rule in arguments.only:
         name, equals, values = rule.partition("=")
         if not equals:
             raise ValueError(f"--only {rule!r} must be FIELD=A,B, such as class=chair,table")
         only[name] = tuple(values.split(","))
+    source = SOURCES[arguments.verb]
     plan = prepare.Plan(
+        domain=source.domain,
         layout=arguments.layout,
         only=only,
         split=arguments.split,
         val_fraction=arguments.val_fraction,
         val_per_class=arguments.val_per_class,
+        val_gap=arguments.val_gap,
         split_seed=arguments.split_seed,
-        shape=pictures.Shape(
-            size=arguments.size,
-            resize=arguments.protocol,
-            enlarge=arguments.enlarge,
-            encoding=arguments.encoding,
-            max_pixels=arguments.max_pixels,
+        form=source.form(
+            **{option.name: getattr(arguments, option.name) for option in dataclasses.fields(source.form)}
         ),
         shard_bytes=int(arguments.shard_mb * 1e6),
         shard_samples=arguments.shard_samples,
     )
-    made = prepare.prepare_images(
+    made = prepare.prepare_set(
         arguments.source, arguments.out, plan, metadata=arguments.metadata, workers=arguments.workers
     )
     for part, index in made.parts.items():
-        print(f"{part}: {index.num_samples} pictures, {len(index.shards)} shards, {index.num_bytes / 1e6:.1f} MB")
+        print(f"{part}: {index.num_samples} {source.noun}s, {len(index.shards)} shards, {index.num_bytes / 1e6:.1f} MB")
     if made.skipped:
         print(
             f"left out {len(made.skipped)}, listed in {arguments.out}/skipped.txt; first: {': '.join(made.skipped[0])}"

@@ -17,7 +17,7 @@ from trained_runs import DIM, LAYERS, SIGNALS, chinr, ddmi
 import distributed_inr as dinr
 from distributed_inr import analysis, randomness
 from distributed_inr.analysis import conditioning, sources
-from distributed_inr.analysis.neighbours import unit
+from distributed_inr.analysis.neighbours import true_pictures
 from distributed_inr.config import override
 from distributed_inr.data.shard_writer import ShardWriter
 from distributed_inr.domains.domain import seeds_for
@@ -219,7 +219,7 @@ def test_copies_lie_at_no_distance_and_others_at_their_own(model: FieldModel):
     assert found.held_out_functions.min() > 0.1 and found.training_pictures == SIGNALS
 
     split = Split(model, model.experiment.data.train)
-    known = torch.stack([unit(split.one(number).inputs)[0] for number in range(SIGNALS)])
+    known = torch.stack([true_pictures(split.domain, split.one(number))[0] for number in range(SIGNALS)])
     samples = model.sample(3, seed=0).render(8)
     expected = (samples[:, None] - known).flatten(2).norm(dim=2).min(1)
     torch.testing.assert_close(found.samples[:3], expected.values, rtol=1e-4, atol=1e-4)
@@ -373,7 +373,7 @@ def test_an_ablation_measures_both_priors_on_the_same_pictures(model: FieldModel
     network = metrics.EfficientNetLite0()
     split = Split(model, model.experiment.data.train)
     with torch.no_grad():
-        reference = network(torch.cat([unit(s.inputs) for s in split.batches(split.spread(16))]))
+        reference = network(torch.cat([true_pictures(split.domain, s) for s in split.batches(split.spread(16))]))
         for arm, run in ((found.conditional, model), (found.unconditional, other)):
             pictures = run.sample(8, seed=2).render(8)
             torch.testing.assert_close(arm.pictures, pictures, rtol=0, atol=1e-4)

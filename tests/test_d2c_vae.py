@@ -91,7 +91,8 @@ def test_the_ablation_uses_one_or_all_scales_and_only_cfc_feeds_them_in_turn():
 
 def test_a_coarse_to_fine_block_sees_no_finer_field_than_its_own():
     model = trained_like(D2CVAE(**TINY).build(DOMAIN))
-    field = model.decode(torch.randn(1, *model.latent_shape))
+    with torch.no_grad():
+        field = model.decode(torch.randn(1, *model.latent_shape))
     seen = []
     for block in model.readout.blocks:
         block.register_forward_hook(lambda _, __, out: seen.append(out.detach().clone()))

@@ -141,11 +141,15 @@ def test_evaluation_measures_every_held_out_picture_in_posterior_mean(evaluated:
         squared.append((fields.render(16)[0] - (signal.inputs + 1) / 2).square().mean().item())
         assert signal.targets is not None
         fine.append((fields.render(32)[0] - signal.targets / 255).square().mean().item())
-    assert val["pictures"] == 7 and val["latent_numbers"] == 4 * 4 * 4
+    assert val["signals"] == 7 and val["latent_numbers"] == 4 * 4 * 4
     assert val["psnr"] == pytest.approx(sum(-10 * math.log10(s) for s in squared) / 7, abs=1e-3)
-    assert val["psnr_32"] == pytest.approx(sum(-10 * math.log10(s) for s in fine) / 7, abs=1e-3)
-    assert {"ssim", "bicubic_same_numbers", "mean_image", "bicubic_enlargement_32"} <= val.keys()
-    assert val["bicubic_same_numbers"] > val["psnr"]  # the model is not trained
+    assert val["finer"]["psnr"] == pytest.approx(sum(-10 * math.log10(s) for s in fine) / 7, abs=1e-3)
+    assert val["finer"].keys() == {"resolution", "psnr", "enlarged"} and val["finer"]["resolution"] == 32
+    assert val["baselines"]["bicubic from 4 x 4 colours"]["psnr"] > val["psnr"]  # the model is not trained
+    nearest = val["baselines"]["the nearest training picture"]
+    assert (
+        val["baselines"]["the mean of 13 training pictures"]["psnr"] < nearest["psnr"] + 6 and 0 < nearest["ssim"] < 1
+    )
 
 
 def test_the_mean_image_is_that_of_the_training_set(evaluated: Path):
@@ -156,7 +160,7 @@ def test_the_mean_image_is_that_of_the_training_set(evaluated: Path):
     mean = torch.stack([(train.dataset.signal(n)[0].inputs + 1) / 2 for n in range(13)]).mean(0)
     errors = [(held_out.dataset.signal(n)[0].inputs + 1) / 2 - mean for n in range(7)]
     expected = sum(-10 * math.log10(error.square().mean().item()) for error in errors) / 7
-    assert val["mean_image"] == pytest.approx(expected, abs=1e-3)
+    assert val["baselines"]["the mean of 13 training pictures"]["psnr"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_evaluation_measures_samples_and_each_kept_checkpoint(evaluated: Path):
@@ -164,7 +168,7 @@ def test_evaluation_measures_samples_and_each_kept_checkpoint(evaluated: Path):
     kid, course = (result["samples"][f"kid_efficientnet_lite0{suffix}"] for suffix in ("", "_by_checkpoint"))
     assert [entry["samples_seen"] for entry in course] == [4, 8]
     assert [entry["value"] for entry in course] == [pytest.approx(kid["value"], rel=1e-3)] * 2  # the same weights
-    assert kid["samples"] == 8 and kid["training_pictures"] == 13 and "EfficientNet-Lite0" in kid["network"]
+    assert kid["samples"] == 8 and kid["training_signals"] == 13 and "EfficientNet-Lite0" in kid["network"]
     assert abs(kid["held_out_value"]) < kid["value"]
     assert result["samples"]["neighbours"]["median"] > result["samples"]["neighbours"]["smallest"] > 0
     assert list(result["left_out"]) == ["kid_efficientnet_lite0_by_checkpoint of 2", "fid, precision, recall"]

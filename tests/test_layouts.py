@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny_sets import by_key, save_picture
 
-from distributed_inr.data import pictures
-from distributed_inr.data.prepare import Plan, prepare_images
+from distributed_inr.data.prepare import Plan, prepare_set
+from distributed_inr.raw import pictures
 
 
 def test_afhqv2_is_split_as_given_with_classes(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_afhqv2_is_split_as_given_with_classes(tmp_path: Path) -> None:
             for i in range(2):
                 save_picture(tmp_path / "afhq" / part / kind / f"{kind}_{i}.png", i)
     plan = Plan(layout="afhqv2", only={"class": ("cat",)})
-    made = prepare_images(tmp_path / "afhq", str(tmp_path / "out"), plan)
+    made = prepare_set(tmp_path / "afhq", str(tmp_path / "out"), plan)
     train, val = (set(by_key(made.parts[part])) for part in ("train", "val"))
     assert train == {"train/cat/cat_0", "train/cat/cat_1"}
     assert val == {"test/cat/cat_0", "test/cat/cat_1"}
@@ -28,7 +28,7 @@ def test_afhqv2_is_split_as_given_with_classes(tmp_path: Path) -> None:
 def test_celebahq_is_a_folder_of_faces_without_captions(tmp_path: Path) -> None:
     for i in range(30):
         save_picture(tmp_path / "faces" / f"{i:05d}.jpg", i)
-    made = prepare_images(tmp_path / "faces", str(tmp_path / "out"), Plan(layout="celebahq", val_fraction=0.2))
+    made = prepare_set(tmp_path / "faces", str(tmp_path / "out"), Plan(layout="celebahq", val_fraction=0.2))
     assert made.parts["train"].num_samples + made.parts["val"].num_samples == 30
     assert all("txt" not in record for record in by_key(made.parts["train"]).values())
 
@@ -40,7 +40,7 @@ def test_cifar10_is_read_from_its_binary_version(tmp_path: Path) -> None:
         rows = [bytes([label]) + planes[label].tobytes() for label in range(3)]
         (tmp_path / name).write_bytes(b"".join(rows))
     (tmp_path / "batches.meta.txt").write_text("airplane\nautomobile\nbird\n")
-    made = prepare_images(tmp_path, str(tmp_path / "out"), Plan(layout="cifar10"))
+    made = prepare_set(tmp_path, str(tmp_path / "out"), Plan(layout="cifar10"))
     found = by_key(made.parts["train"])
     assert sorted(found) == [f"train/data_batch_1-{i:05d}" for i in range(3)]
     assert found["train/data_batch_1-00002"]["txt"] == b"bird"
@@ -56,24 +56,24 @@ def test_pickled_cifar10_is_refused_unread(tmp_path: Path) -> None:
 
     (tmp_path / "data_batch_1").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ValueError, match=r"binary version \(its Python version is a pickle"):
-        prepare_images(tmp_path, str(tmp_path / "out"), Plan(layout="cifar10"))
+        prepare_set(tmp_path, str(tmp_path / "out"), Plan(layout="cifar10"))
     assert not (tmp_path / "owned").exists()
 
 
 def test_a_cut_cifar10_file_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "data_batch_1.bin").write_bytes(bytes(3000))
     with pytest.raises(ValueError, match="not a whole number of 3073-byte records"):
-        prepare_images(tmp_path, str(tmp_path / "out"), Plan(layout="cifar10"))
+        prepare_set(tmp_path, str(tmp_path / "out"), Plan(layout="cifar10"))
 
 
 def test_lsun_is_exported_files_or_an_lmdb_with_the_package(tmp_path: Path) -> None:
     for i in range(3):
         save_picture(tmp_path / "files" / f"{i}.webp", i)
-    made = prepare_images(tmp_path / "files", str(tmp_path / "out"), Plan(layout="lsun", split="none"))
+    made = prepare_set(tmp_path / "files", str(tmp_path / "out"), Plan(layout="lsun", split="none"))
     assert made.parts["train"].num_samples == 3
     (tmp_path / "lmdb").mkdir()
     (tmp_path / "lmdb" / "data.mdb").write_bytes(b"")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "lmdb", None)
         with pytest.raises(ValueError, match="is an lmdb; pip install lmdb"):
-            prepare_images(tmp_path / "lmdb", str(tmp_path / "out2"), Plan(layout="lsun"))
+            prepare_set(tmp_path / "lmdb", str(tmp_path / "out2"), Plan(layout="lsun"))

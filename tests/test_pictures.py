@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from tiny_sets import png
 
-from distributed_inr.data import pictures
-from distributed_inr.data.pictures import Shape
+from distributed_inr.raw import pictures
+from distributed_inr.raw.pictures import Form
 
 
 def bytes_of(picture: Image.Image, kind: str, **options: Any) -> bytes:
@@ -41,7 +41,7 @@ def test_transparency_is_laid_on_white() -> None:
 
 def test_a_transparent_colour_of_an_rgb_file_becomes_white() -> None:
     content = bytes_of(Image.new("RGB", (2, 2), (9, 8, 7)), "PNG", transparency=(9, 8, 7))
-    stored = Image.open(io.BytesIO(pictures.encode(content, Shape())[1]))
+    stored = Image.open(io.BytesIO(pictures.encode(content, Form())[1]))
     assert stored.info == {} and stored.getpixel((0, 0)) == (255, 255, 255)
 
 
@@ -59,7 +59,7 @@ def test_pictures_are_turned_upright() -> None:
     content = bytes_of(picture, "PNG", exif=exif)
     assert pictures.decode(content).size == (2, 4)
     assert pixel(content, (1, 0)) == (255, 0, 0)
-    suffix, stored = pictures.encode(content, Shape())
+    suffix, stored = pictures.encode(content, Form())
     assert Image.open(io.BytesIO(stored)).size == (2, 4)
 
 
@@ -68,23 +68,23 @@ def test_the_first_frame_of_an_animation_is_used(kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     content = bytes_of(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
     assert pixel(content) == (255, 0, 0)
-    suffix, stored = pictures.encode(content, Shape())
+    suffix, stored = pictures.encode(content, Form())
     assert suffix == "png" and getattr(Image.open(io.BytesIO(stored)), "n_frames", 1) == 1
 
 
 def test_plain_files_keep_their_bytes_where_no_pixel_changes() -> None:
     content = png(0, 16)
-    assert pictures.encode(content, Shape()) == ("png", content)
-    assert pictures.encode(content, Shape(size=16)) == ("png", content)
+    assert pictures.encode(content, Form()) == ("png", content)
+    assert pictures.encode(content, Form(size=16)) == ("png", content)
     jpeg = bytes_of(pictures.decode(content), "JPEG")
-    assert pictures.encode(jpeg, Shape(size=16)) == ("jpg", jpeg)
-    assert pictures.encode(jpeg, Shape(size=8))[0] == "png"
+    assert pictures.encode(jpeg, Form(size=16)) == ("jpg", jpeg)
+    assert pictures.encode(jpeg, Form(size=8))[0] == "png"
 
 
 @pytest.mark.parametrize("encoding", ["png", "webp"])
 def test_lossless_encodings_keep_every_pixel(encoding: pictures.Encoding) -> None:
     content = png(0, 16)
-    suffix, stored = pictures.encode(content, Shape(encoding=encoding))
+    suffix, stored = pictures.encode(content, Form(encoding=encoding))
     assert suffix == encoding
     assert pictures.decode(stored).tobytes() == pictures.decode(content).tobytes()
 
@@ -97,7 +97,7 @@ def test_resizing_gives_the_size_and_keeps_the_middle(resize: pictures.Resize, s
     y, x = np.mgrid[:height, :width] + 0.5
     disc = (x - width / 2) ** 2 + (y - height / 2) ** 2 < (min(size) / 4) ** 2
     content = bytes_of(Image.fromarray((np.dstack([disc] * 3) * 255).astype(np.uint8)), "PNG")
-    _, stored = pictures.encode(content, Shape(size=16, resize=resize, enlarge=True))
+    _, stored = pictures.encode(content, Form(size=16, protocol=resize, enlarge=True))
     pixels = np.asarray(Image.open(io.BytesIO(stored)).convert("L")).astype(float)
     assert pixels.shape == (16, 16)
     assert pixels[7:9, 7:9].min() > 240
@@ -109,8 +109,8 @@ def test_resizing_gives_the_size_and_keeps_the_middle(resize: pictures.Resize, s
 
 def test_smaller_pictures_are_enlarged_only_when_asked() -> None:
     with pytest.raises(ValueError, match=r"16 x 16 pixels, smaller than 32; --enlarge would invent the rest"):
-        pictures.encode(png(0, 16), Shape(size=32))
-    _, stored = pictures.encode(png(0, 16), Shape(size=32, enlarge=True))
+        pictures.encode(png(0, 16), Form(size=32))
+    _, stored = pictures.encode(png(0, 16), Form(size=32, enlarge=True))
     assert Image.open(io.BytesIO(stored)).size == (32, 32)
 
 

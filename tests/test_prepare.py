@@ -7,11 +7,11 @@ import pytest
 from tiny_sets import by_key, png, save_picture, write_set
 
 from distributed_inr.data import prepare, storage
-from distributed_inr.data.pictures import Shape
-from distributed_inr.data.prepare import Plan, describe, prepare_images, verify
+from distributed_inr.data.prepare import Plan, describe, prepare_set, verify
 from distributed_inr.data.shard_writer import ShardWriter
 from distributed_inr.data.shards import load_index
 from distributed_inr.domains.domain import Record
+from distributed_inr.raw.pictures import Form
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,7 +26,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_class_per_folder_becomes_caption_and_class(tmp_path: Path) -> None:
     for i in range(6):
         save_picture(tmp_path / "raw" / ("red_chair" if i % 2 else "table") / f"{i}.png", i)
-    made = prepare_images(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none"))
+    made = prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none"))
     found = by_key(made.parts["train"])
     assert sorted(found) == ["red_chair/1", "red_chair/3", "red_chair/5", "table/0", "table/2", "table/4"]
     assert found["red_chair/1"]["txt"] == b"red chair"
@@ -39,7 +39,7 @@ def test_captions_come_from_metadata_by_file_name_or_key(tmp_path: Path) -> None
         save_picture(tmp_path / "raw" / f"{i}.v1.png", i)
     rows = [{"file_name": "0.v1.png", "text": "na\u00efve", "class": "x", "width": 3}, {"key": "1_v1", "text": "one"}]
     (tmp_path / "raw" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    found = by_key(prepare_images(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none")).parts["train"])
+    found = by_key(prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none")).parts["train"])
     assert found["0_v1"]["txt"].decode() == "na\u00efve"
     assert json.loads(found["0_v1"]["json"]) == {"class": "x", "width": 3}
     assert found["1_v1"]["txt"] == b"one"
@@ -50,9 +50,9 @@ def test_metadata_that_names_missing_files_is_one_clear_line(tmp_path: Path) -> 
     save_picture(tmp_path / "raw" / "0.png")
     (tmp_path / "raw" / "metadata.jsonl").write_text('{"file_name": "a/gone.png", "text": "x"}\n')
     with pytest.raises(
-        ValueError, match=r"^metadata.jsonl names 1 pictures that are not in .*raw, first 'a/gone.png'; rest"
+        ValueError, match=r"^metadata.jsonl names 1 files that are not in .*raw, first 'a/gone.png'; rest"
     ):
-        prepare_images(tmp_path / "raw", str(tmp_path / "out"), Plan())
+        prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan())
     assert not (tmp_path / "out").exists()
 
 
@@ -61,7 +61,7 @@ def test_metadata_that_is_not_json_lines_is_named_by_line(tmp_path: Path, line: 
     save_picture(tmp_path / "raw" / "0.png")
     (tmp_path / "raw" / "metadata.jsonl").write_text('{"file_name": "0.png"}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"metadata.jsonl, line 2 "):
-        prepare_images(tmp_path / "raw", str(tmp_path / "out"), Plan())
+        prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan())
 
 
 def test_bad_files_are_listed_and_left_out(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_bad_files_are_listed_and_left_out(tmp_path: Path) -> None:
     (tmp_path / "raw" / "3.png").write_bytes(png(0, 16)[:-50])
     save_picture(tmp_path / "raw" / "4.png", size=40)
     (tmp_path / "raw" / "notes.txt").write_text("not a picture")
-    made = prepare_images(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none", shape=Shape(max_pixels=1000)))
+    made = prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none", form=Form(max_pixels=1000)))
     assert sorted(by_key(made.parts["train"])) == ["0", "2"]
     assert [name for name, _ in made.skipped] == ["1.png", "3.png", "4.png"]
     lines = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
@@ -87,7 +87,7 @@ def test_a_source_without_pictures_is_one_clear_line(tmp_path: Path, kind: str) 
         source.mkdir()
         (source / "a.txt").write_text("x")
     with pytest.raises(ValueError, match=r"raw(: no pictures for --layout folder; check| is not a folder; give)"):
-        prepare_images(source, str(tmp_path / "out"), Plan())
+        prepare_set(source, str(tmp_path / "out"), Plan())
     assert not (tmp_path / "out").exists()
 
 
@@ -97,13 +97,13 @@ def test_a_source_of_bad_pictures_only_is_one_clear_line(tmp_path: Path) -> None
     with pytest.raises(
         ValueError, match=r"no samples were written, so there is no set: 0\.png and all others .*cannot"
     ):
-        prepare_images(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none"))
+        prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none"))
 
 
 def test_two_files_of_one_name_get_two_keys(tmp_path: Path) -> None:
     save_picture(tmp_path / "raw" / "a.png", 0)
     save_picture(tmp_path / "raw" / "a.jpg", 1)
-    made = prepare_images(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none"))
+    made = prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none"))
     assert sorted(by_key(made.parts["train"])) == ["a", "a-png"]
 
 
@@ -120,7 +120,7 @@ def test_equal_captions_are_never_on_both_sides(tmp_path: Path) -> None:
         save_picture(tmp_path / "raw" / f"{i}.png", i)
         rows.append({"file_name": f"{i}.png", "text": ["Chair", " chair", "CHAIR"][i % 3] + f" {i % 10}"})
     (tmp_path / "raw" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    made = prepare_images(tmp_path / "raw", str(tmp_path / "out"), Plan(val_fraction=0.3))
+    made = prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(val_fraction=0.3))
     train, val = split_keys(made)
     assert made.parts["train"].protocol["split"] == "text"
     assert not {int(k) % 10 for k in train} & {int(k) % 10 for k in val}
@@ -141,7 +141,7 @@ def make_views(root: Path, objects: int = 8, views: int = 3) -> None:
 def test_views_of_an_object_stay_together(tmp_path: Path) -> None:
     make_views(tmp_path)
     plan = Plan(layout="views", val_per_class=1)
-    train, val = split_keys(prepare_images(tmp_path / "views", str(tmp_path / "out"), plan))
+    train, val = split_keys(prepare_set(tmp_path / "views", str(tmp_path / "out"), plan))
     objects = [{key.split("/")[0] for key in side} for side in (train, val)]
     assert not objects[0] & objects[1]
     assert len(objects[1]) == 2 and {int(o[-1]) % 2 for o in objects[1]} == {0, 1}
@@ -154,38 +154,38 @@ def test_views_of_an_object_stay_together(tmp_path: Path) -> None:
 def test_pictures_are_chosen_by_their_metadata(tmp_path: Path) -> None:
     make_views(tmp_path)
     plan = Plan(layout="views", only={"class": ("b",)}, split="none")
-    found = by_key(prepare_images(tmp_path / "views", str(tmp_path / "out"), plan).parts["train"])
+    found = by_key(prepare_set(tmp_path / "views", str(tmp_path / "out"), plan).parts["train"])
     assert {key.split("/")[0] for key in found} == {"object-1", "object-3", "object-5", "object-7"}
     with pytest.raises(ValueError, match=r"no pictures for --layout views --only class=c; check"):
-        prepare_images(tmp_path / "views", str(tmp_path / "other"), Plan(layout="views", only={"class": ("c",)}))
+        prepare_set(tmp_path / "views", str(tmp_path / "other"), Plan(layout="views", only={"class": ("c",)}))
 
 
 def test_a_view_that_is_missing_or_outside_is_refused(tmp_path: Path) -> None:
     make_views(tmp_path)
     (tmp_path / "views/object-3/001.png").unlink()
     with pytest.raises(ValueError, match=r"object-3/transforms.json names '001.png', which is not there"):
-        prepare_images(tmp_path / "views", str(tmp_path / "out"), Plan(layout="views"))
+        prepare_set(tmp_path / "views", str(tmp_path / "out"), Plan(layout="views"))
     frames = {"frames": [{"file_path": "../object-1/000.png"}]}
     (tmp_path / "views/object-3/transforms.json").write_text(json.dumps(frames))
     with pytest.raises(ValueError, match=r"names '../object-1/000.png', which is not there"):
-        prepare_images(tmp_path / "views", str(tmp_path / "out"), Plan(layout="views"))
+        prepare_set(tmp_path / "views", str(tmp_path / "out"), Plan(layout="views"))
 
 
 def test_a_growing_set_keeps_its_split(tmp_path: Path) -> None:
     for i in range(60):
         save_picture(tmp_path / "raw" / f"{i}.png", i)
-    _, before = split_keys(prepare_images(tmp_path / "raw", str(tmp_path / "a"), Plan(val_fraction=0.2)))
+    _, before = split_keys(prepare_set(tmp_path / "raw", str(tmp_path / "a"), Plan(val_fraction=0.2)))
     for i in range(60, 80):
         save_picture(tmp_path / "raw" / f"{i}.png", i)
-    train, after = split_keys(prepare_images(tmp_path / "raw", str(tmp_path / "b"), Plan(val_fraction=0.2)))
+    train, after = split_keys(prepare_set(tmp_path / "raw", str(tmp_path / "b"), Plan(val_fraction=0.2)))
     assert before <= after and not before & train
 
 
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (Plan(split="text"), "--split text needs a caption for every picture"),
-        (Plan(split="given"), "--split given needs every picture under train/"),
+        (Plan(split="text"), "--split text needs a caption for every item"),
+        (Plan(split="given"), "--split given needs every item under train/"),
         (Plan(split="fraction", val_fraction=1e-9), "--split fraction over 3 of them leaves val empty"),
         (Plan(split="fraction", val_per_class=5), "--split fraction over 3 of them leaves train empty"),
     ],
@@ -194,7 +194,7 @@ def test_splits_that_cannot_be_are_one_clear_line(tmp_path: Path, plan: Plan, me
     for i in range(3):
         save_picture(tmp_path / "raw" / f"{i}.png", i)
     with pytest.raises(ValueError, match=message):
-        prepare_images(tmp_path / "raw", str(tmp_path / "out"), plan)
+        prepare_set(tmp_path / "raw", str(tmp_path / "out"), plan)
 
 
 # Interruptions
@@ -207,7 +207,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
         save_picture(tmp_path / "raw" / f"{i:02d}.png", i)
     (tmp_path / "raw" / "07.png").write_bytes(b"garbage")
     plan = Plan(val_fraction=0.2, shard_samples=5)
-    prepare_images(tmp_path / "raw", str(tmp_path / "whole"), plan)
+    prepare_set(tmp_path / "raw", str(tmp_path / "whole"), plan)
 
     real, calls = ShardWriter.write, iter(range(10**6))
     with monkeypatch.context() as patch:
@@ -220,9 +220,9 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
         patch.setattr(ShardWriter, "write", dying)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
-                prepare_images(tmp_path / "raw", str(tmp_path / "parts"), plan)
+                prepare_set(tmp_path / "raw", str(tmp_path / "parts"), plan)
             assert not (tmp_path / "parts/train/index.json").exists()
-    made = prepare_images(tmp_path / "raw", str(tmp_path / "parts"), plan)
+    made = prepare_set(tmp_path / "raw", str(tmp_path / "parts"), plan)
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
     assert [name for name, _ in made.skipped] == ["07.png"]
 
@@ -231,9 +231,9 @@ def test_a_finished_set_is_left_as_it_is(tmp_path: Path) -> None:
     for i in range(10):
         save_picture(tmp_path / "raw" / f"{i}.png", i)
     plan = Plan(val_fraction=0.3)
-    first = prepare_images(tmp_path / "raw", str(tmp_path / "out"), plan)
+    first = prepare_set(tmp_path / "raw", str(tmp_path / "out"), plan)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.tar")}
-    again = prepare_images(tmp_path / "raw", str(tmp_path / "out"), plan)
+    again = prepare_set(tmp_path / "raw", str(tmp_path / "out"), plan)
     assert again.parts == first.parts
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.tar")} == before
 
@@ -241,15 +241,15 @@ def test_a_finished_set_is_left_as_it_is(tmp_path: Path) -> None:
 def test_other_settings_or_files_are_refused_and_leave_the_set_intact(tmp_path: Path) -> None:
     for i in range(10):
         save_picture(tmp_path / "raw" / f"{i}.png", i)
-    prepare_images(tmp_path / "raw", str(tmp_path / "out"), Plan(val_fraction=0.3))
+    prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(val_fraction=0.3))
     before = files(tmp_path / "out")
     with pytest.raises(
-        ValueError, match=r"holds a set made with shape.size=None, now 8 \(1 differ: shape.size\); choose"
+        ValueError, match=r"holds a set made with form.size=None, now 8 \(1 differ: form.size\); choose"
     ):
-        prepare_images(tmp_path / "raw", str(tmp_path / "out"), Plan(val_fraction=0.3, shape=Shape(size=8)))
+        prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(val_fraction=0.3, form=Form(size=8)))
     save_picture(tmp_path / "raw" / "10.png")
     with pytest.raises(ValueError, match="holds a set made with source="):
-        prepare_images(tmp_path / "raw", str(tmp_path / "out"), Plan(val_fraction=0.3))
+        prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(val_fraction=0.3))
     assert files(tmp_path / "out") == before
 
 
@@ -260,7 +260,7 @@ def test_a_folder_with_other_peoples_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="already holds train/000000.tar, not made by this command; choose another --out"
     ):
-        prepare_images(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none"))
+        prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none"))
     assert files(tmp_path / "out") == before
 
 
@@ -272,7 +272,7 @@ def test_no_space_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(storage, "write_atomic", full)
     with pytest.raises(ValueError, match=r"^no space left in .*out; free some and run the same command again"):
-        prepare_images(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none"))
+        prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none"))
 
 
 def test_a_set_is_prepared_into_an_object_store(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_set_is_prepared_into_an_object_store(tmp_path: Path) -> None:
 
     for i in range(4):
         save_picture(tmp_path / "raw" / f"{i}.png", i)
-    made = prepare_images(tmp_path / "raw", "memory://bucket/prepared", Plan(split="none"))
+    made = prepare_set(tmp_path / "raw", "memory://bucket/prepared", Plan(split="none"))
     assert made.parts["train"].num_samples == 4
     store = fsspec.filesystem("memory")
     names = {name.removeprefix("/bucket/prepared/") for name in store.find("/bucket/prepared")}
@@ -309,7 +309,7 @@ def test_verify_finds_nothing_in_a_good_set_and_every_fault_in_a_bad_one(tmp_pat
 
 def test_describe_counts(tmp_path: Path) -> None:
     make_views(tmp_path)
-    prepare_images(tmp_path / "views", str(tmp_path / "out"), Plan(layout="views", split="none"))
+    prepare_set(tmp_path / "views", str(tmp_path / "out"), Plan(layout="views", split="none"))
     about = describe(str(tmp_path / "out" / "train"))
     assert about["samples"] == 24 and about["classes"] == {"a": 12, "b": 12} and about["captions"] == 8
     assert about["members"] == {"json": 24, "png": 24, "txt": 24}

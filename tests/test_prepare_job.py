@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from tiny_sets import by_key, png, save_picture, write_set
 
-from distributed_inr.data import pictures
-from distributed_inr.data.prepare import Plan, prepare_images, verify
+from distributed_inr.data.prepare import Plan, prepare_set, verify
 from distributed_inr.data.shards import load_index
+from distributed_inr.raw import pictures
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,5 +93,5 @@ def test_archives_in_place_of_pictures_are_not_unpacked(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "raw" / "0.png", "w") as archive:
         archive.writestr("../../escape.png", png(0))
     save_picture(tmp_path / "raw" / "1.png")
-    made = prepare_images(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none"))
+    made = prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none"))
     assert [name for name, _ in made.skipped] == ["0.png"]

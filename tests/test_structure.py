@@ -8,6 +8,7 @@ ORDER = (
     "config",
     "randomness",
     "field",
+    "raw",
     "domains",
     "models",
     "data",

@@ -19,10 +19,10 @@ from distributed_inr.analysis.sources import (
     z_scores,
 )
 from distributed_inr.config import differences, to_dict
-from distributed_inr.domains import Signal
+from distributed_inr.domains import Domain, Signal
 from distributed_inr.domains.domain import seeds_for
 from distributed_inr.evaluation import metrics
-from distributed_inr.evaluation.evaluate import Split, check_pipe, unit
+from distributed_inr.evaluation.evaluate import Split, check_pipe
 from distributed_inr.generation import FieldModel
 
 SHOWN = 8
@@ -135,7 +135,7 @@ def _compare(model: FieldModel, samples: Float[Tensor, "count 3 height width"], 
     nearest = _Nearest(torch.cat(sets))
     training = Split(model, model.experiment.data.train)
     for signal in training.batches(range(len(training.dataset))):
-        nearest.compare([unit(copy.inputs) for copy in training.domain.copies(signal)])
+        nearest.compare([true_pictures(training.domain, copy) for copy in training.domain.copies(signal)])
     distances = nearest.distances.split([len(part) for part in sets])
     held_out, functions = distances[1:] if len(sets) > 1 else (None, None)
     shown = list(zip(samples[:SHOWN], nearest.pictures, strict=False))
@@ -149,7 +149,13 @@ def _held_out_batches(model: FieldModel, count: int, *, allow_pipe: bool) -> Ite
 
 def _held_out(model: FieldModel, signal: Signal) -> tuple[Tensor, Tensor]:
     """Held-out pictures, and the functions that the autoencoder makes of them."""
-    return unit(signal.inputs).cpu(), model.encode(signal).render(model.domain.size).cpu()
+    found = model.domain.pictures(model.domain.reproduce(model.encode(signal), signal))
+    return true_pictures(model.domain, signal).cpu(), found.cpu()
+
+
+def true_pictures(domain: Domain, signal: Signal) -> Float[Tensor, "batch 3 height width"]:
+    """What perfect fields would look like."""
+    return domain.pictures(domain.truth(signal))
 
 
 class _Nearest:
@@ -252,7 +258,9 @@ def ablation(
     check_pipe(model, allow_pipe=allow_pipe)
     network = metrics.EfficientNetLite0().to(model.device)
     training = Split(model, model.experiment.data.train)
-    reference = _features(network, (unit(s.inputs) for s in training.batches(training.spread(2 * count))))
+    reference = _features(
+        network, (true_pictures(model.domain, s) for s in training.batches(training.spread(2 * count)))
+    )
     arms = []
     for run, condition_bits in zip((model, other), bits, strict=True):
         pictures = render(run, draw(run, seeds_for(seed, count), steps=steps))
@@ -263,7 +271,9 @@ def ablation(
     held_out, held_out_error = None, None
     if model.experiment.data.val is not None:
         batches = _held_out_batches(model, count, allow_pipe=allow_pipe)
-        held_out, held_out_error = metrics.kid(_features(network, (unit(s.inputs) for s in batches)), reference)
+        held_out, held_out_error = metrics.kid(
+            _features(network, (true_pictures(model.domain, s) for s in batches)), reference
+        )
     weights = [run.autoencoder.state_dict() for run in (model, other)]
     same = weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
     return Ablation(arms[0], arms[1], count, len(reference), held_out, held_out_error, same)

@@ -14,7 +14,7 @@ from torch import Tensor
 from distributed_inr.data import storage
 from distributed_inr.data.reader import read_latent
 from distributed_inr.evaluation.evaluate import Split, check_pipe, spread
-from distributed_inr.generation import FieldModel, check_resolution, read_file
+from distributed_inr.generation import FieldModel, check_resolution
 from distributed_inr.models.hierarchical_diffusion import HierarchicalDiffusionModel
 from distributed_inr.models.noising import Sampler
 from distributed_inr.randomness import sample_seed
@@ -168,10 +168,10 @@ def held_out_latents(
 
 
 def file_latents(model: FieldModel, files: Sequence[str | Path]) -> Latents:
-    """One's own files encoded: upright, the central square."""
+    """One's own files encoded."""
     if not files:
-        raise ValueError("files are none; give one or more pictures")
-    signals = [read_file(model.domain, Path(file)).to(model.device) for file in files]
+        raise ValueError("files are none; give one or more")
+    signals = [model.domain.open(Path(file)).to(model.device) for file in files]
     with torch.no_grad():
         values = [model.autoencoder.encode(signal).cpu() for signal in signals]
     keys = [Path(file).name for file in files]
@@ -238,11 +238,11 @@ def render(
     """The functions of latents as pictures in [0, 1] on the CPU, decoded a batch at a time.
 
     Args:
-        resolution: pixels a side; None takes the domain's base resolution.
+        resolution: of the renderings that are pictured; None takes the domain's base resolution.
     """
     resolution = check_resolution(model, resolution)
     parts = values.split(model.experiment.evaluation.batch_size)
-    return torch.cat([model.decode(part).render(resolution).cpu() for part in parts])
+    return torch.cat([model.domain.pictures(model.decode(part).render(resolution)).cpu() for part in parts])
 
 
 def _check_numbers(numbers: Sequence[int], count: int, what: str) -> None:

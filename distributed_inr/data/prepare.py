@@ -1,4 +1,4 @@
-"""Preparing a set: raw pictures -> train and val shards; verifying and describing finished sets."""
+"""Preparing a set: raw data -> train and val shards; verifying and describing finished sets."""
 
 import collections
 import dataclasses
@@ -15,9 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from distributed_inr import config
-from distributed_inr.data import pictures, storage
+from distributed_inr.data import storage
 from distributed_inr.data.cache import Cache
-from distributed_inr.data.layouts import LAYOUTS, Part, Picture, select
+from distributed_inr.data.layouts import SOURCES, Item, Part, Source, select
 from distributed_inr.data.shard_writer import ShardWriter
 from distributed_inr.data.shards import OpenShard, Shard, ShardIndex, load_index, read_index
 from distributed_inr.domains.domain import Record, caption
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 A = TypeVar("A")
 B = TypeVar("B")
 
-Split = Literal["auto", "given", "text", "object", "fraction", "none"]
+Split = Literal["auto", "given", "text", "object", "time", "fraction", "none"]
 
 _PLAN_NAME = "prepare.json"
 _SKIPPED_NAME = "skipped.txt"
@@ -35,71 +35,89 @@ _SKIPPED_NAME = "skipped.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to make of a source of pictures; recorded with the set.
+    """What to make of a source of raw data; recorded with the set.
 
     Attributes:
-        only: keep pictures whose field (class, text, object, or any of the metadata) has one of these values.
-        split: given takes the layout's own train and val; text and object keep equal captions, or an object's pictures,
-            on one side; fraction splits single pictures; none makes one part; auto takes given if the layout has it,
-            object for views, text where there are captions, else fraction.
-        val_fraction: held-out fraction of captions, objects or pictures, chosen by hash.
+        layout: None takes the domain's first.
+        only: keep items whose field (class, text, object, or any of the metadata) has one of these values.
+        split: given takes the layout's own train and val; text and object keep equal captions, or an object's items,
+            on one side; time holds out the end of each object (of a recording, or of files in their order), without
+            `val_gap` items before it; fraction splits single items; none makes one part; auto takes given if the layout
+            has it, the layout's own kind, text where there are captions, else fraction.
+        val_fraction: held-out fraction of captions, objects, time or items; by time the last, else chosen by hash.
         val_per_class: instead, this many of each class.
+        val_gap: items left out before those held out by time: what overlaps them, or nearly.
         split_seed: another number holds out others.
+        form: how items are brought to one kind of record; None takes the domain's defaults.
     """
 
-    layout: str = "folder"
+    domain: str = "image"
+    layout: str | None = None
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     split: Split = "auto"
     val_fraction: float = 0.05
     val_per_class: int | None = None
+    val_gap: int = 1
     split_seed: int = 0
-    shape: pictures.Shape = field(default_factory=pictures.Shape)
+    form: Any = None
     shard_bytes: int = 256 * 2**20
     shard_samples: int = 10_000
 
     def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"--layout {self.layout} is unknown; choose one of {', '.join(LAYOUTS)}")
+        layouts = self.source.layouts
+        if self.layout is None:
+            object.__setattr__(self, "layout", next(iter(layouts)))
+        if self.form is None:
+            object.__setattr__(self, "form", self.source.form())
+        if self.layout not in layouts:
+            raise ValueError(f"--layout {self.layout} is unknown; choose one of {', '.join(layouts)}")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"--val-fraction {self.val_fraction} must lie in [0, 1); try 0.05")
-        if self.shape.size is not None and self.shape.size < 1:
-            raise ValueError(f"--size {self.shape.size} must be at least 1 pixel")
+        if self.val_gap < 0:
+            raise ValueError(f"--val-gap {self.val_gap} must be at least 0")
+
+    @property
+    def source(self) -> Source:
+        return SOURCES[self.domain]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The finished sets by part, and the pictures left out with the reasons."""
+    """The finished sets by part, and the items left out with the reasons."""
 
     parts: dict[str, ShardIndex]
     skipped: list[tuple[str, str]]
 
 
-def prepare_images(source: Path, out: str, plan: Plan, *, metadata: Path | None = None, workers: int = 2) -> Prepared:
+def prepare_set(source: Path, out: str, plan: Plan, *, metadata: Path | None = None, workers: int = 2) -> Prepared:
     """Write `out`/train and `out`/val. Run again after an interruption it goes on, and ends with the same bytes."""
     source = source.absolute()
     if not source.is_dir():
-        raise ValueError(f"{source} is not a folder; give the folder that holds the pictures")
-    found = select(LAYOUTS[plan.layout](source, metadata), plan.only)
+        raise ValueError(f"{source} is not a folder; give the folder that holds the {plan.source.noun}s")
+    assert plan.layout is not None
+    found = select(plan.source.layouts[plan.layout](source, metadata, plan.form), plan.only)
     if not found:
         wanted = " ".join(f"--only {name}={','.join(values)}" for name, values in plan.only.items())
         raise ValueError(
-            f"{source}: no pictures for --layout {plan.layout} {wanted}".rstrip()
-            + f"; check the path, the layout and the filters (files: {' '.join(pictures.FILE_SUFFIXES)})"
+            f"{source}: no {plan.source.noun}s for --layout {plan.layout} {wanted}".rstrip()
+            + f"; check the path, the layout and the filters (files: {' '.join(plan.source.files)})"
         )
     names: dict[str, str] = {}
-    for picture in found:
-        if picture.key in names:
-            raise ValueError(f"{source}: {names[picture.key]} and {picture.name} would have one key; rename one")
-        names[picture.key] = picture.name
+    for item in found:
+        if item.key in names:
+            raise ValueError(f"{source}: {names[item.key]} and {item.name} would have one key; rename one")
+        names[item.key] = item.name
     split, sides = _split(found, plan)
     protocol = _protocol(plan, split, found, sides)
     _begin(out, protocol)
 
     parts: dict[str, ShardIndex] = {}
     skipped: list[tuple[str, str]] = []
-    for part in sorted(set(sides)):
+    training = [item for item, side in zip(found, sides, strict=True) if side == "train"]
+    protocol |= plan.source.statistics(training, plan.form)
+    for part in sorted({side for side in sides if side}):
         folder = storage.join(out, part)
-        chosen = [picture for picture, side in zip(found, sides, strict=True) if side == part]
+        chosen = [item for item, side in zip(found, sides, strict=True) if side == part]
         parts[part] = _write_part(folder, chosen, plan, {**protocol, "part": part}, skipped, workers)
     lines = "".join(f"{name}\t{reason}\n" for name, reason in skipped)
     storage.write_atomic(storage.join(out, _SKIPPED_NAME), lines.encode())
@@ -178,41 +196,41 @@ def _class_of(record: Record) -> str:
 
 def _write_part(
     folder: str,
-    chosen: list[Picture],
+    chosen: list[Item],
     plan: Plan,
     protocol: Mapping[str, Any],
     skipped: list[tuple[str, str]],
     workers: int,
 ) -> ShardIndex:
-    def convert(picture: Picture) -> Record | ValueError:
+    def convert(item: Item) -> Record | ValueError:
         try:
-            suffix, content = pictures.encode(picture.load(), plan.shape)
+            members = plan.source.convert(item.load(), plan.form)
         except ValueError as error:
             return error
-        record: Record = {"__key__": picture.key, suffix: content}
-        if picture.text:
-            record["txt"] = picture.text.encode()
-        if picture.about:
-            record["json"] = json.dumps(picture.about, ensure_ascii=False).encode()
+        record: Record = {"__key__": item.key, **members}
+        if item.text:
+            record["txt"] = item.text.encode()
+        if item.about:
+            record["json"] = json.dumps(item.about, ensure_ascii=False).encode()
         return record
 
     complete = read_index(folder)
     writer = ShardWriter(
-        folder, domain="image", protocol=protocol, shard_bytes=plan.shard_bytes, shard_samples=plan.shard_samples
+        folder, domain=plan.domain, protocol=protocol, shard_bytes=plan.shard_bytes, shard_samples=plan.shard_samples
     )
-    todo = [picture for picture in chosen if picture.key not in writer.done]
-    if complete is not None:  # only the list of left-out pictures is made again
-        skipped += [(p.name, str(r)) for p, r in _in_order(convert, todo, workers) if isinstance(r, ValueError)]
+    todo = [item for item in chosen if item.key not in writer.done]
+    if complete is not None:  # only the list of left-out items is made again
+        skipped += [(item.name, str(r)) for item, r in _in_order(convert, todo, workers) if isinstance(r, ValueError)]
         return complete
     before = len(skipped)
     if writer.done:
         logger.info("%s: going on after %d samples", folder, len(writer.done))
     try:
-        for picture, record in tqdm(
-            _in_order(convert, todo, workers), total=len(todo), desc=folder, unit="picture", disable=None
+        for item, record in tqdm(
+            _in_order(convert, todo, workers), total=len(todo), desc=folder, unit=plan.source.noun, disable=None
         ):
             if isinstance(record, ValueError):
-                skipped.append((picture.name, str(record)))
+                skipped.append((item.name, str(record)))
             else:
                 writer.write(record)
         if not writer.done and len(skipped) - before == len(chosen):
@@ -225,15 +243,17 @@ def _write_part(
         writer.abandon()
 
 
-def _split(found: list[Picture], plan: Plan) -> tuple[str, list[Part]]:
-    """The kind of split that is used, and a part for every picture."""
+def _split(found: list[Item], plan: Plan) -> tuple[str, list[Part | None]]:
+    """The kind of split that is used, and a part for every item; None leaves it out."""
     split = plan.split
     if split == "auto":
         if any(p.part for p in found):
             split = "given"
-        elif plan.layout == "views":
-            split = "object"
-        elif plan.layout == "folder" and all(p.text and p.text != p.about.get("class") for p in found):
+        elif (own := plan.source.splits.get(plan.layout or "")) is not None:
+            split = own
+        elif plan.layout == next(iter(plan.source.layouts)) and all(
+            p.text and p.text != p.about.get("class") for p in found
+        ):
             split = "text"
         else:
             split = "fraction"
@@ -241,12 +261,15 @@ def _split(found: list[Picture], plan: Plan) -> tuple[str, list[Part]]:
         return "none", ["train"] * len(found)
     if split == "given":
         if not all(p.part for p in found):
-            raise ValueError("--split given needs every picture under train/ and val/ (or test/); use another --split")
+            raise ValueError("--split given needs every item under train/ and val/ (or test/); use another --split")
         return split, [p.part or "train" for p in found]
     if split == "text" and not all(p.text for p in found):
-        raise ValueError("--split text needs a caption for every picture; give --metadata or use --split fraction")
+        raise ValueError("--split text needs a caption for every item; give --metadata or use --split fraction")
 
-    unit: dict[str, Callable[[Picture], str]] = {
+    if split == "time":
+        return split, _split_time(found, plan)
+
+    unit: dict[str, Callable[[Item], str]] = {
         "text": lambda p: " ".join(p.text.lower().split()),
         "object": lambda p: p.unit,
         "fraction": lambda p: p.key,
@@ -256,8 +279,8 @@ def _split(found: list[Picture], plan: Plan) -> tuple[str, list[Part]]:
         held_out = {name for name, rank in ranks.items() if rank < plan.val_fraction}
     else:
         classes: dict[str, set[str]] = collections.defaultdict(set)
-        for picture in found:
-            classes[str(picture.about.get("class"))].add(unit[split](picture))
+        for item in found:
+            classes[str(item.about.get("class"))].add(unit[split](item))
         held_out = {n for names in classes.values() for n in sorted(names, key=ranks.__getitem__)[: plan.val_per_class]}
     if not held_out or len(held_out) == len(ranks):
         side = "val" if not held_out else "train"
@@ -265,7 +288,30 @@ def _split(found: list[Picture], plan: Plan) -> tuple[str, list[Part]]:
             f"--split {split} over {len(ranks)} of them leaves {side} empty; change --val-fraction {plan.val_fraction} "
             "or use --val-per-class or --split none"
         )
-    return split, ["val" if unit[split](picture) in held_out else "train" for picture in found]
+    return split, ["val" if unit[split](item) in held_out else "train" for item in found]
+
+
+def _split_time(found: list[Item], plan: Plan) -> list[Part | None]:
+    """The last of each object's items are held out, and the `val_gap` before them left out.
+
+    Where every object has one item, as where each file is a clip of one recording, the items in their order are one.
+    """
+    units: dict[str, list[int]] = collections.defaultdict(list)
+    single = len({item.unit for item in found}) == len(found)
+    for number, item in enumerate(found):
+        units["" if single else item.unit].append(number)
+    sides: list[Part | None] = ["train"] * len(found)
+    for numbers in units.values():
+        held_out = round(len(numbers) * plan.val_fraction)
+        for place, number in enumerate(reversed(numbers)):
+            if place < held_out + plan.val_gap and held_out:
+                sides[number] = "val" if place < held_out else None
+    if "val" not in sides or "train" not in sides:
+        raise ValueError(
+            f"--split time over {len(found)} of them leaves {'train' if 'val' in sides else 'val'} empty; change "
+            f"--val-fraction {plan.val_fraction} or --val-gap {plan.val_gap}"
+        )
+    return sides
 
 
 def _rank(name: str, seed: int) -> float:
@@ -273,10 +319,10 @@ def _rank(name: str, seed: int) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) / 2**64
 
 
-def _protocol(plan: Plan, split: str, found: list[Picture], sides: list[Part]) -> dict[str, Any]:
+def _protocol(plan: Plan, split: str, found: list[Item], sides: list[Part | None]) -> dict[str, Any]:
     digest = hashlib.sha256()
-    for picture, side in zip(found, sides, strict=True):
-        digest.update(json.dumps([picture.key, picture.name, picture.size, picture.text, side]).encode())
+    for item, side in zip(found, sides, strict=True):
+        digest.update(json.dumps([item.key, item.name, item.size, item.text, side]).encode())
     values = dataclasses.asdict(plan) | {"split": split, "source": digest.hexdigest()[:16]}
     return json.loads(json.dumps(values))
 

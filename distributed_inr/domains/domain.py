@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from tqdm import tqdm
 
 from distributed_inr import randomness
 from distributed_inr.field import Field
@@ -32,7 +34,7 @@ class Signal:
         position: int64 [] or [batch]; samples that the run had seen before this one (schedules depend on it).
         inputs: what an encoder sees; for a prior, the latent's mean and, if it has one, deviation [1 or 2,
             *latent_shape].
-        targets: the domain's own: what `Domain.supervise` draws from.
+        targets: the domain's own, a tensor or several by name: what `Domain.supervise` draws from.
         text: the caption, empty where there is none.
         mask: bool [batch]; False marks a repeated sample that must not count (evaluation's ragged last step).
         latent: of a batch in auto-decoding: the samples' own latents, which gradients are asked for.
@@ -43,7 +45,7 @@ class Signal:
     seed: Tensor
     position: Tensor
     inputs: Tensor
-    targets: Tensor | None = None
+    targets: Tensor | dict[str, Tensor] | None = None
     text: str | list[str] = ""
     mask: Tensor | None = None
     latent: Tensor | None = None
@@ -57,8 +59,14 @@ class Signal:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Signal:
         """The signal with `function` applied to each of its tensors."""
-        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+        changed: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = function(value)
+            elif isinstance(value, dict):
+                changed[field.name] = {name: function(tensor) for name, tensor in value.items()}
+        return dataclasses.replace(self, **changed)
 
     def __getitem__(self, index: slice) -> Signal:
         """A slice of a batch."""
@@ -89,6 +97,8 @@ def collate(signals: Sequence[Signal]) -> Signal:
         values = [getattr(signal, name) for signal in signals]
         if all(value is None for value in values):
             return None
+        if isinstance(values[0], dict):
+            return {key: torch.stack([value[key] for value in values]) for key in values[0]}
         return torch.stack(values) if isinstance(values[0], Tensor) else values
 
     return Signal(**{field.name: stack(field.name) for field in dataclasses.fields(Signal)})
@@ -99,33 +109,76 @@ class Queries:
     """Which measurements to take of a batch of fields.
 
     Attributes:
-        coords: places in [-1, 1]^coord_dim.
+        coords: places in [-1, 1]^coord_dim; for scenes the origins of rays, which may lie outside.
         view: what the measurement knows beside the place: for images log2 of the resolution over the base's, for scenes
             the ray's direction.
+        depths: of scenes, where along each ray the field is asked; None takes the middles of equal steps.
     """
 
     coords: Float[Tensor, "batch points coord_dim"]
     view: Float[Tensor, "batch points view_dim"] | None = None
+    depths: Float[Tensor, "batch points depths"] | None = None
+
+    def rows(self, part: slice) -> Queries:
+        """The measurements of some of the fields."""
+        view, depths = (None if tensor is None else tensor[part] for tensor in (self.view, self.depths))
+        return Queries(self.coords[part], view, depths)
 
 
 class Domain(ABC):
-    """Turns records into signals, and fields into things to look at. Subclasses are final `@config` classes."""
+    """Turns records into signals, and fields into things to look at. Subclasses are final `@config` classes.
+
+    What is seen of a field is called its rendering: a tensor [batch, ...] of the domain's own kind, such as pictures,
+    grids or clips, on which its metrics are defined.
+    """
 
     kind: str
     size: int
     """Base resolution: cells a side of what the encoder sees."""
     coord_dim: ClassVar[int]
-    value_dim: ClassVar[int]
+    value_dim: int
     view_dim: ClassVar[int]
+    num_unviewed: ClassVar[int] = 0
+    """Leading values that must not depend on the view: of scenes, the density."""
     value_span: ClassVar[float]
     """From the smallest to the largest value: the peak of a peak signal-to-noise ratio."""
     input_kind: ClassVar[str]
     """What `Signal.inputs` holds, so that an experiment can check the encoder against it."""
+    input_dim: int
+    """Numbers of each pixel, point or frame cell of `Signal.inputs`."""
     metrics: ClassVar[tuple[str, ...]]
+    """Names in `evaluation.metrics.METRICS`; the first decides in tables."""
+    noun: ClassVar[str]
+    """What one signal is called in reports, such as picture."""
+    suffix: ClassVar[str]
+    """Of the files that `save` writes where nothing else is asked for, such as .png."""
+    unit: ClassVar[str]
+    """What a resolution counts, as it stands in file names: px, cells, frames."""
+    fine: ClassVar[int]
+    """Times the base resolution at which reports show samples too."""
+    max_resolution: ClassVar[int]
+    """Of the largest rendering that the jobs write."""
+
+    @property
+    @abstractmethod
+    def grid(self) -> tuple[int, ...]:
+        """Cells along each coordinate axis of what the encoder sees, x first: what planes are laid over."""
 
     @abstractmethod
     def read(self, record: Record, seed: int) -> Signal:
         """Decode one shard record on the CPU. Raises ValueError when the sample is bad (the reader replaces it)."""
+
+    @abstractmethod
+    def open(self, path: Path) -> Signal:
+        """One's own file as a batch of one. Raises ValueError when it is not usable."""
+
+    @abstractmethod
+    def blank(self, count: int) -> tuple[Tensor, Tensor | dict[str, Tensor]]:
+        """Inputs and targets of zeros, of the shapes and types that `read` gives: what a step's memory depends on."""
+
+    def settle(self, protocol: Mapping[str, Any]) -> Domain:
+        """The domain with what depends on the training set, and was left open, taken from the set's protocol."""
+        return self
 
     @property
     @abstractmethod
@@ -146,25 +199,25 @@ class Domain(ABC):
             result = dataclasses.replace(
                 result,
                 inputs=_select(chosen, copy.inputs, result.inputs),
-                targets=None if copy.targets is None else _select(chosen, copy.targets, result.targets),
+                targets=_select(chosen, copy.targets, result.targets),
             )
         return result
 
     @abstractmethod
-    def supervise(self, signal: Signal, count: int) -> tuple[Queries, Float[Tensor, "batch points value_dim"]]:
+    def supervise(self, signal: Signal, count: int) -> tuple[Queries, Float[Tensor, "batch points channels"]]:
         """Draw `count` measurements of each signal from the sample's seed: queries and their true values."""
 
     @abstractmethod
     def measurements(
         self, signal: Signal, count: int | None = None
-    ) -> tuple[Queries, Float[Tensor, "batch points value_dim"]]:
+    ) -> tuple[Queries, Float[Tensor, "batch points channels"]]:
         """What an encoder sees of each signal, as queries and values that a latent can be fitted to.
 
         Args:
             count: draw as many, from the sample's seed; None takes all, which draws nothing.
         """
 
-    def observe(self, field: Field, queries: Queries) -> Float[Tensor, "batch points value_dim"]:
+    def observe(self, field: Field, queries: Queries) -> Float[Tensor, "batch points channels"]:
         """What the sensor measures of the field: its value. Scenes integrate along rays instead."""
         return field(queries.coords, queries.view)
 
@@ -172,17 +225,61 @@ class Domain(ABC):
     def nll(self, observed: Tensor, values: Tensor) -> Float[Tensor, " batch"]:
         """Negative log-likelihood of the true values, up to a constant, as a mean over measurements and channels."""
 
+    def squared_error(self, observed: Tensor, values: Tensor) -> Float[Tensor, " batch"]:
+        """Mean squared error of what is expected of the measurements, in the units of `value_span`."""
+        return (observed - values).square().mean(dim=(1, 2))
+
     @abstractmethod
     def render(self, field: Field, resolution: int) -> Tensor:
         """Measure the field on a regular grid of any resolution, in chunks of bounded memory."""
 
     @abstractmethod
+    def truth(self, signal: Signal) -> Tensor:
+        """The renderings that perfect fields would give at the base resolution."""
+
+    def reproduce(self, field: Field, signal: Signal) -> Tensor:
+        """Measure the fields as `truth` says that the signals were."""
+        return self.render(field, self.size)
+
+    def finer_truth(self, signal: Signal) -> tuple[int, Tensor] | None:
+        """A finer resolution that the signals are known at, and the renderings that perfect fields would give there."""
+        return None
+
+    @abstractmethod
+    def enlarge(self, rendered: Tensor, resolution: int) -> Tensor:
+        """Renderings brought to a finer resolution without the field, by the usual interpolation."""
+
+    @abstractmethod
+    def naive(self, truth: Tensor, *, numbers: int) -> dict[str, Tensor]:
+        """What one would have without a model, by name: renderings made of the true ones, such as from `numbers`
+        numbers by interpolation.
+        """
+
+    @abstractmethod
+    def pictures(self, rendered: Tensor) -> Float[Tensor, "batch 3 height width"]:
+        """Renderings as pictures in [0, 1]: for sheets, and for networks that look at pictures."""
+
+    @abstractmethod
+    def shown(self, signal: Signal) -> dict[str, Float[Tensor, "3 height width"]]:
+        """Of a batch of one, what there was and what the encoder saw, as pictures by title."""
+
+    @abstractmethod
+    def thumbnails(self, rendered: Tensor) -> Float[Tensor, "batch numbers"]:
+        """Renderings as vectors of bounded length, whose distances say how alike they are."""
+
+    def surface(self, rendered: Tensor, count: int) -> Float[Tensor, "batch count 3"] | None:
+        """Points on the surface of each rendering, where it has one; NaN where a rendering is empty."""
+        return None
+
+    @abstractmethod
     def save(self, rendered: Tensor, path: Path) -> None:
-        """Write one rendered field to a file of the domain's usual kind."""
+        """Write one rendering to a file of the kind that the suffix names."""
 
 
-def _select(chosen: Tensor, yes: Tensor, no: Tensor | None) -> Tensor:
-    return torch.where(chosen.view(-1, *[1] * (yes.dim() - 1)), yes, no)  # type: ignore[arg-type]
+def _select(chosen: Tensor, yes: Any, no: Any) -> Any:
+    if isinstance(yes, dict):
+        return {name: _select(chosen, yes[name], no[name]) for name in yes}
+    return None if yes is None else torch.where(chosen.view(-1, *[1] * (yes.dim() - 1)), yes, no)
 
 
 def pixel_centres(count: int, device: torch.device | str | None = None) -> Float[Tensor, " count"]:
@@ -193,3 +290,30 @@ def pixel_centres(count: int, device: torch.device | str | None = None) -> Float
 def seeds_for(seed: int, count: int, start: int = 0) -> Int64[Tensor, " count"]:
     """Seeds of samples start, start + 1, ... of a generation run."""
     return torch.tensor([randomness.sample_seed(seed, i) for i in range(start, start + count)])
+
+
+def evaluate_grid(
+    field: Field, axes: Sequence[Tensor], view: Tensor | None = None, *, chunk_points: int, title: str = ""
+) -> Iterator[tuple[slice, Float[Tensor, "batch points value_dim"]]]:
+    """Values at every point of a grid, in pieces of at most `chunk_points` points of the whole batch.
+
+    Yields each piece's place in the flattened grid; the first axis varies fastest. A bar shows on a terminal where it
+    takes more than a few seconds.
+
+    Args:
+        axes: coordinates along each axis, x first.
+        view: one for each field.
+    """
+    lengths, total = [len(axis) for axis in axes], math.prod(len(axis) for axis in axes)
+    step = max(1, chunk_points // len(field))
+    with tqdm(total=total, desc=title, unit="point", unit_scale=True, delay=3, disable=None, leave=False) as bar:
+        for start in range(0, total, step):
+            flat = torch.arange(start, min(start + step, total), device=field.device)
+            coords = []
+            for axis, length in zip(axes, lengths, strict=True):
+                coords.append(axis[flat % length])
+                flat = flat // length
+            points = torch.stack(coords, dim=-1).expand(len(field), -1, -1)
+            own = None if view is None else view[:, None].expand(-1, points.shape[1], -1)
+            yield slice(start, start + points.shape[1]), field(points, own)
+            bar.update(points.shape[1])

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import logging
+import math
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from distributed_inr import randomness
 from distributed_inr.config import config
-from distributed_inr.domains.domain import Domain, Queries, Record, Signal, caption, pixel_centres
+from distributed_inr.domains.domain import Domain, Queries, Record, Signal, caption, evaluate_grid, pixel_centres
 from distributed_inr.field import Field
+from distributed_inr.raw import pictures
+from distributed_inr.raw.pictures import MAX_PIXELS
 
 logger = logging.getLogger(__name__)
 
-MAX_PIXELS = 89_478_485
-"""Largest picture that is decoded by default: Pillow's own limit, a quarter of a GiB as RGB."""
+_THUMBNAIL = 64
+"""Pixels a side at which pictures are compared with training pictures."""
 
 _FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 """Member suffix -> the one decoder that is tried on it."""
@@ -53,7 +56,13 @@ class Image(Domain):
     view_dim: ClassVar[int] = 1
     value_span: ClassVar[float] = 2.0
     input_kind: ClassVar[str] = "pixels"
+    input_dim: ClassVar[int] = 3
     metrics: ClassVar[tuple[str, ...]] = ("psnr", "ssim")
+    noun: ClassVar[str] = "picture"
+    suffix: ClassVar[str] = ".png"
+    unit: ClassVar[str] = "px"
+    fine: ClassVar[int] = 4
+    max_resolution: ClassVar[int] = 16_384  # 3.2 GB in memory
 
     def __post_init__(self) -> None:
         if len(self.scales) != len(self.scale_weights):
@@ -70,6 +79,10 @@ class Image(Domain):
             )
 
     @property
+    def grid(self) -> tuple[int, int]:
+        return self.size, self.size
+
+    @property
     def resolutions(self) -> tuple[int, ...]:
         """Target resolutions in pixels that the source has."""
         return tuple(round(self.size * s) for s in self.scales if round(self.size * s) <= self.source_size)
@@ -84,6 +97,23 @@ class Image(Domain):
             targets=pixels,
             text=caption(record),
         )
+
+    def open(self, path: Path) -> Signal:
+        """A picture file of any usual kind: upright, its central square."""
+        try:
+            picture = pictures.decode(path.read_bytes(), max_pixels=self.max_pixels)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}; give the path of a file") from None
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not a usable picture: {error}; PNG, JPEG, WebP, GIF, BMP and TIFF are read"
+            ) from None
+        pixels = torch.from_numpy(np.array(picture))
+        return self.signal(pixels.permute(2, 0, 1), key=path.name)
+
+    def blank(self, count: int) -> tuple[Tensor, Tensor]:
+        size, source_size = self.size, self.source_size
+        return torch.zeros(count, 3, size, size), torch.zeros(count, 3, source_size, source_size, dtype=torch.uint8)
 
     def signal(self, pixels: UInt8[Tensor, "3 height width"], key: str = "") -> Signal:
         """One's own picture as a batch of one: the central square, resized to what the encoder sees."""
@@ -105,6 +135,7 @@ class Image(Domain):
     def copies(self, signal: Signal) -> tuple[Signal, ...]:
         if not self.flip:
             return (signal,)
+        assert not isinstance(signal.targets, dict)
         targets = None if signal.targets is None else signal.targets.flip(-1)
         return signal, dataclasses.replace(signal, inputs=signal.inputs.flip(-1), targets=targets)
 
@@ -113,7 +144,7 @@ class Image(Domain):
 
         `count` >= size^2 takes the whole crop, row by row, so that losses on grids can be computed; fewer are drawn.
         """
-        assert signal.targets is not None
+        assert isinstance(signal.targets, Tensor)
         batch, device, size = len(signal), signal.inputs.device, self.size
         weights = torch.tensor(self.scale_weights[: len(self.resolutions)], dtype=torch.float64).cumsum(0)
         thresholds = (weights / weights[-1]).to(device=device, dtype=torch.float32)[:-1]
@@ -159,19 +190,45 @@ class Image(Domain):
     ) -> Float[Tensor, "batch 3 resolution resolution"]:
         """Pictures in [0, 1]. `chunk_points` bounds the memory: points of the whole batch evaluated at once."""
         centres = pixel_centres(resolution, field.device)
-        pictures = torch.empty(len(field), 3, resolution, resolution, device=field.device)
-        rows = max(1, chunk_points // (resolution * len(field)))
-        columns = max(1, chunk_points // len(field)) if rows == 1 else resolution
-        scale = torch.full((len(field),), resolution, device=field.device)
-        for top in range(0, resolution, rows):
-            for left in range(0, resolution, columns):
-                y, x = torch.meshgrid(centres[top : top + rows], centres[left : left + columns], indexing="ij")
-                coords = torch.stack([x, y], dim=-1).view(1, -1, 2).expand(len(field), -1, -1)
-                values = field(coords, self._view(scale, coords.shape[1]))
-                pictures[:, :, top : top + rows, left : left + columns] = (
-                    values.transpose(1, 2).unflatten(2, y.shape).add(1).mul(0.5).clamp(0, 1)
-                )
-        return pictures
+        found = torch.empty(len(field), 3, resolution * resolution, device=field.device)
+        scale = self._view(torch.full((len(field),), resolution, device=field.device), 1)[:, 0]
+        for part, values in evaluate_grid(field, (centres, centres), scale, chunk_points=chunk_points):
+            found[:, :, part] = values.transpose(1, 2).add(1).mul(0.5).clamp(0, 1)
+        return found.unflatten(2, (resolution, resolution))
+
+    def truth(self, signal: Signal) -> Float[Tensor, "batch 3 size size"]:
+        return (signal.inputs + 1) / 2
+
+    def finer_truth(self, signal: Signal) -> tuple[int, Tensor] | None:
+        finest = max(self.resolutions)
+        if finest == self.size:
+            return None
+        assert isinstance(signal.targets, Tensor)
+        return finest, (downscale(signal.targets, finest) + 1) / 2
+
+    def enlarge(self, rendered: Tensor, resolution: int) -> Tensor:
+        """Bicubic."""
+        return enlarge(rendered, resolution)
+
+    def naive(self, truth: Tensor, *, numbers: int) -> dict[str, Tensor]:
+        """Bicubic from n x n colours that are at most as many numbers (antialiased)."""
+        side = min(max(1, math.isqrt(numbers // 3)), truth.shape[-1])
+        small = F.interpolate(truth, size=(side, side), mode="bicubic", antialias=True)
+        return {f"bicubic from {side} x {side} colours": enlarge(small, truth.shape[-1])}
+
+    def pictures(self, rendered: Tensor) -> Tensor:
+        return rendered
+
+    def shown(self, signal: Signal) -> dict[str, Tensor]:
+        assert isinstance(signal.targets, Tensor)
+        original, seen = signal.targets[0] / 255, self.truth(signal)[0]
+        return {f"original, {original.shape[-1]} px": original, f"what the encoder saw, {self.size} px": seen}
+
+    def thumbnails(self, rendered: Tensor) -> Tensor:
+        side = min(_THUMBNAIL, rendered.shape[-1])
+        if side < rendered.shape[-1]:
+            rendered = F.interpolate(rendered, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        return rendered.flatten(1)
 
     def save(self, rendered: Float[Tensor, "3 height width"], path: Path) -> None:
         """Write one picture as PNG (or whatever the suffix names)."""
@@ -211,6 +268,11 @@ def to_pillow(picture: Float[Tensor, "3 height width"]) -> PillowImage.Image:
     """A picture in [0, 1] as 8-bit RGB; what lies outside is cut off."""
     pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return PillowImage.fromarray(pixels)
+
+
+def enlarge(rendered: Float[Tensor, "batch 3 height width"], size: int) -> Float[Tensor, "batch 3 size size"]:
+    """Bicubic interpolation to `size` pixels a side."""
+    return F.interpolate(rendered, size=(size, size), mode="bicubic", align_corners=False).clamp(0, 1)
 
 
 def downscale(pixels: UInt8[Tensor, "batch 3 height width"], size: int) -> Float[Tensor, "batch 3 size size"]:

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from distributed_inr.data import storage
 from distributed_inr.domains.domain import Signal, collate
-from distributed_inr.domains.image import downscale
 from distributed_inr.evaluation import metrics, report
 from distributed_inr.field import Field
 from distributed_inr.generation import FieldModel, load, make_folder, set_weights
@@ -24,16 +22,14 @@ from distributed_inr.models import LatentPrior
 from distributed_inr.training import checkpoint
 
 Progress = Callable[[int, int, dict[str, float]], None]
-"""Called with (pictures done, of how many, {})."""
+"""Called with (signals done, of how many, {})."""
 
-MAX_TRAINING_PICTURES = 2048
-"""Training pictures, evenly spaced, that the mean picture and the nearest neighbours are taken from."""
+MAX_TRAINING_SIGNALS = 2048
+"""Training signals, evenly spaced, that the mean and the nearest neighbours are taken from."""
 CHECKPOINT_SAMPLES = 64
 """Samples drawn from each kept checkpoint of the prior, for the course of KID through training."""
-NEIGHBOUR_PIXELS = 64
-"""Distances to training pictures are taken at this many pixels a side, or at the domain's size if that is less."""
 SHOWN = 8
-"""Pictures across `reconstructions.png` and `neighbours.png`."""
+"""Signals across `reconstructions.png` and `neighbours.png`."""
 
 
 @torch.no_grad()
@@ -54,7 +50,7 @@ def evaluate(
     training = Split(model, experiment.data.train)
     held_out = None if experiment.data.val is None else Split(model, experiment.data.val)
     bar = Bar(progress, model, training, held_out)
-    pictures = report.Pictures(size=experiment.domain.size)
+    pictures = report.Pictures(domain=experiment.domain)
     result: dict[str, Any] = {"run": f"{experiment.family}/{experiment.name}"}
     left_out: dict[str, str] = {}
 
@@ -62,14 +58,13 @@ def evaluate(
     if held_out is None:
         left_out["val"] = "data.val is not set: there is nothing held out to reconstruct"
     else:
-        result["val"] = _reconstructions(model, held_out, known, pictures, bar)
+        result["val"] = _reconstructions(model, training, held_out, known, pictures, bar)
     if model.prior is None:
         left_out["samples"] = f"{model.folder}/prior/model.safetensors does not exist: the prior is not trained"
     else:
-        samples = model.sample_latents(_num_samples(model), seed=experiment.seed)
-        shown = _render_samples(model, samples, pictures, bar)
-        result["samples"] = _neighbours(shown, training, held_out, known, pictures)
-        result["samples"] |= _distances(model, shown, training, held_out, bar, left_out)
+        samples = _render_samples(model, model.sample_latents(_num_samples(model), seed=experiment.seed), pictures, bar)
+        result["samples"] = _neighbours(samples, training, held_out, known, pictures)
+        result["samples"] |= _distances(model, samples, training, held_out, bar, left_out)
 
     result |= {"left_out": left_out, "seconds": round(time.monotonic() - begin, 1)}
     names = pictures.write(folder)
@@ -108,73 +103,91 @@ class Split:
 
 
 class Known:
-    """What is kept of the training pictures: their mean, and small versions of them and of their augmented copies."""
+    """What is kept of the training signals: their mean, and thumbnails of them and of their augmented copies."""
 
     def __init__(self, numbers: list[int], mean: Tensor, copies: list[Tensor]) -> None:
         self.numbers, self.mean, self.copies = numbers, mean, copies
 
     def nearest(self, thumbnails: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Distance of each thumbnail to its nearest training picture, and that one's (number, copy)."""
-        distances, indices = metrics.nearest(thumbnails.flatten(1), torch.cat(self.copies).flatten(1))
+        """Distance of each thumbnail to its nearest training signal, and that one's (number, copy)."""
+        distances, indices = metrics.nearest(thumbnails, torch.cat(self.copies))
         places = [(self.numbers[i % len(self.numbers)], i // len(self.numbers)) for i in indices.tolist()]
         return distances, places
 
 
 def _survey(training: Split, bar: "Bar") -> Known:
-    numbers = training.spread(MAX_TRAINING_PICTURES)
+    domain, numbers = training.domain, training.spread(MAX_TRAINING_SIGNALS)
     total: Tensor | float = 0.0
     kept, copies = [], []
     for part, signal in training.numbered_batches(numbers):
         kept += part
-        total = total + unit(signal.inputs).double().sum(0)
-        copies.append([thumbnails(unit(copy.inputs)) for copy in training.domain.copies(signal)])
+        total = total + domain.truth(signal).double().sum(0)
+        copies.append([domain.thumbnails(domain.truth(copy)) for copy in domain.copies(signal)])
         bar.advance(len(part))
     together = [torch.cat(parts) for parts in zip(*copies, strict=True)]
     return Known(kept, torch.as_tensor(total).float() / len(kept), together)
 
 
 def _reconstructions(
-    model: FieldModel, held_out: Split, known: Known, pictures: report.Pictures, bar: "Bar"
+    model: FieldModel, training: Split, held_out: Split, known: Known, pictures: report.Pictures, bar: "Bar"
 ) -> dict[str, Any]:
-    """Measures of held-out signals in posterior mean: means over pictures."""
-    domain, size, finest = model.domain, model.domain.size, max(model.domain.resolutions)
+    """Measures of held-out signals' functions, and of what one would have without a model: means over signals."""
+    domain = model.domain
     numbers = held_out.spread(model.experiment.evaluation.max_reconstructions)
     latent_numbers = torch.Size(model.autoencoder.latent_shape).numel()
     shown, done = set(spread(len(numbers), SHOWN)), 0
-    values: dict[str, list[Tensor]] = {}
+    values: dict[str, dict[str, list[Tensor]]] = {}
+
+    def measure(name: str, found: Tensor, truth: Tensor, only: Sequence[str] = domain.metrics) -> None:
+        for metric in only:
+            values.setdefault(name, {}).setdefault(metric, []).append(metrics.METRICS[metric](found, truth).cpu())
+
+    finest = 0
     for signal in held_out.batches(numbers):
-        assert signal.targets is not None
-        fields, truth = model.encode(signal), unit(signal.inputs)
-        found, thumbnail = fields.render(size), metrics.thumbnail(truth, numbers=latent_numbers)
-        measured = {name: metrics.METRICS[name](found, truth) for name in domain.metrics}
-        measured["bicubic_same_numbers"] = metrics.psnr(thumbnail, truth)
-        measured["mean_image"] = metrics.psnr(known.mean.expand_as(truth), truth)
-        columns = {"held out": truth, "its function": found, f"bicubic from, {latent_numbers} numbers": thumbnail}
-        if finest > size:  # the same functions on finer pixels, against the source that the encoder never saw
-            fine_truth, read_out = unit(downscale(signal.targets, finest)), fields.render(finest)
-            enlarged = metrics.enlarge(found, finest)
-            measured[f"psnr_{finest}"] = metrics.psnr(read_out, fine_truth)
-            measured[f"bicubic_enlargement_{finest}"] = metrics.psnr(enlarged, fine_truth)
-            columns |= {f"held out, {finest} px": fine_truth, f"its function, {finest} px": read_out}
-        for name, value in measured.items():
-            values.setdefault(name, []).append(value.cpu())
+        fields, truth = model.encode(signal), domain.truth(signal)
+        found = domain.reproduce(fields, signal)
+        measure("", found, truth)
+        naive = domain.naive(truth, numbers=latent_numbers)
+        for name, rendered in naive.items():
+            measure(name, rendered, truth)
+        measure(f"the mean of {len(known.numbers)} training {domain.noun}s", known.mean.expand_as(truth), truth)
+        _, places = known.nearest(domain.thumbnails(truth))
+        near = torch.cat([domain.truth(domain.copies(training.one(number))[copy]) for number, copy in places])
+        measure(f"the nearest training {domain.noun}", near, truth)
+        columns = {"held out": truth, "its function": found, **naive}
+        if (finer := domain.finer_truth(signal)) is not None:  # which the encoder never saw
+            finest, fine_truth = finer
+            read_out = fields.render(finest)
+            measure("finer", read_out, fine_truth, domain.metrics[:1])
+            measure("enlarged", domain.enlarge(found, finest), fine_truth, domain.metrics[:1])
+            columns |= {
+                f"held out, {finest} {domain.unit}": fine_truth,
+                f"its function, {finest} {domain.unit}": read_out,
+            }
         for row in range(len(signal)):
             if done + row in shown:
-                pictures.reconstructions.append({name: column[row].cpu() for name, column in columns.items()})
+                one = {name: domain.pictures(column[row : row + 1])[0].cpu() for name, column in columns.items()}
+                pictures.reconstructions.append(one)
         done += len(signal)
         bar.advance(len(signal))
-    means = {name: torch.cat(parts).double().mean().item() for name, parts in values.items()}
-    return {**means, "latent_numbers": latent_numbers, "pictures": done, "mean_image_of": len(known.numbers)}
+    means = {
+        name: {metric: torch.cat(parts).double().mean().item() for metric, parts in measured.items()}
+        for name, measured in values.items()
+    }
+    result: dict[str, Any] = {**means.pop(""), "signals": done, "latent_numbers": latent_numbers}
+    if finest:
+        read_out, enlarged = (means.pop(name)[domain.metrics[0]] for name in ("finer", "enlarged"))
+        result["finer"] = {"resolution": finest, domain.metrics[0]: read_out, "enlarged": enlarged}
+    return result | {"baselines": means}
 
 
-def _render_samples(
-    model: FieldModel, latents: Tensor, pictures: report.Pictures, bar: "Bar"
-) -> Float[Tensor, "batch 3 height width"]:
-    """Samples at the base resolution; the first few also at four times that, for the sheets."""
-    size, few = model.domain.size, model.experiment.sampling.count
-    base = torch.cat([fields.render(size).cpu() for fields in _decode(model, latents)])
-    fine = torch.cat([fields.render(4 * size).cpu() for fields in _decode(model, latents[:few])])
-    pictures.samples = {size: base[:few], 4 * size: fine}
+def _render_samples(model: FieldModel, latents: Tensor, pictures: report.Pictures, bar: "Bar") -> Tensor:
+    """Renderings of samples at the base resolution; the first few also at a finer one, for the sheets."""
+    domain, few = model.domain, model.experiment.sampling.count
+    base = torch.cat([fields.render(domain.size).cpu() for fields in _decode(model, latents)])
+    fine = domain.fine * domain.size
+    shown = [domain.pictures(fields.render(fine)).cpu() for fields in _decode(model, latents[:few])]
+    pictures.samples = {domain.size: domain.pictures(base[:few]), fine: torch.cat(shown)}
     bar.advance(len(latents))
     return base
 
@@ -182,25 +195,27 @@ def _render_samples(
 def _neighbours(
     samples: Tensor, training: Split, held_out: Split | None, known: Known, pictures: report.Pictures
 ) -> dict[str, Any]:
-    """How far samples are from the training pictures, beside how far held-out pictures are."""
-    distances, places = known.nearest(thumbnails(samples.to(training.device)))
-    side = known.copies[0].shape[-1]
+    """How far samples are from the training signals, beside how far held-out signals are."""
+    domain = training.domain
+    distances, places = known.nearest(domain.thumbnails(samples.to(training.device)))
     found: dict[str, Any] = {
         "median": distances.median().item(),
         "smallest": distances.min().item(),
-        "distance": f"root mean square over the pixels, in [0, 1], at {side} x {side}; to the nearest training picture"
-        + " or its augmented copy" * (len(known.copies) > 1),
+        "distance": f"root mean square difference of {known.copies[0].shape[1]} numbers of each {domain.noun}, to the "
+        f"nearest training {domain.noun}" + " or its augmented copy" * (len(known.copies) > 1),
         "samples": len(samples),
-        "training_pictures": len(known.numbers),
+        "training_signals": len(known.numbers),
     }
     if held_out is not None:
         batches = held_out.batches(held_out.spread(len(samples)))
-        calibration = torch.cat([known.nearest(thumbnails(unit(signal.inputs)))[0] for signal in batches])
-        found |= {"held_out_median": calibration.median().item(), "held_out_pictures": len(calibration)}
+        thumbnails = (domain.thumbnails(domain.truth(signal)) for signal in batches)
+        calibration = torch.cat([known.nearest(part)[0] for part in thumbnails])
+        found |= {"held_out_median": calibration.median().item(), "held_out_signals": len(calibration)}
         pictures.held_out_distance = found["held_out_median"]
     for sample, distance, (number, copy) in list(zip(samples, distances.tolist(), places, strict=True))[:SHOWN]:
-        neighbour = training.domain.copies(training.one(number))[copy]
-        pictures.neighbours.append((sample, unit(neighbour.inputs[0]).cpu(), distance))
+        neighbour = domain.truth(domain.copies(training.one(number))[copy]).cpu()
+        shown, near = (domain.pictures(rendered)[0] for rendered in (sample[None], neighbour))
+        pictures.neighbours.append((shown, near, distance))
     return {"neighbours": found}
 
 
@@ -212,29 +227,36 @@ def _distances(
     bar: "Bar",
     left_out: dict[str, str],
 ) -> dict[str, Any]:
-    """Distances between the distributions of samples and of training pictures, on networks' features."""
-    evaluation, size = model.experiment.evaluation, model.domain.size
+    """Distances between the distributions of samples and of training signals: on networks' features of their
+    pictures, and between their surfaces where they have one.
+    """
+    evaluation, domain = model.experiment.evaluation, model.domain
     if evaluation.num_samples < 2:
         reason = f"evaluation.num_samples={evaluation.num_samples}: distances between distributions need 2 or more"
         left_out |= {"kid_efficientnet_lite0": reason, "fid, precision, recall": reason}
         return {}
     samples = samples[: evaluation.num_samples]
     numbers = training.spread(2 * len(samples))
+    sampled = [domain.pictures(part) for part in samples.split(evaluation.batch_size)]
+
+    def pictures_of(split: Split, chosen: Sequence[int]) -> Iterator[Tensor]:
+        return (domain.pictures(domain.truth(signal)) for signal in split.batches(chosen))
 
     network = metrics.EfficientNetLite0().to(model.device)
-    reference = _features(network, (unit(signal.inputs) for signal in training.batches(numbers)), bar)
-    features = _features(network, samples.split(evaluation.batch_size), bar)
+    reference = _features(network, pictures_of(training, numbers), bar)
+    features = _features(network, sampled, bar)
     value, error = metrics.kid(features, reference)
     kid = {
         "value": value,
         "standard_error": error,
-        "network": f"EfficientNet-Lite0 (ImageNet), pictures of {size} px brought to {metrics.EFFICIENTNET_PIXELS}",
+        "network": f"EfficientNet-Lite0 (ImageNet), pictures of {sampled[0].shape[-1]} px brought to "
+        f"{metrics.EFFICIENTNET_PIXELS}",
         "samples": len(samples),
-        "training_pictures": len(reference),
+        "training_signals": len(reference),
     }
     if held_out is not None:
-        batches = held_out.batches(held_out.spread(len(samples)))
-        value, error = metrics.kid(_features(network, (unit(signal.inputs) for signal in batches), bar), reference)
+        held_out_pictures = pictures_of(held_out, held_out.spread(len(samples)))
+        value, error = metrics.kid(_features(network, held_out_pictures, bar), reference)
         kid |= {"held_out_value": value, "held_out_standard_error": error}
     course, few = [], min(CHECKPOINT_SAMPLES, len(samples))
     for seen, path in _checkpoints(model).items():
@@ -247,35 +269,67 @@ def _distances(
                 bar.advance(few)
                 continue
             latents = replace(model, prior=prior).sample_latents(few, seed=model.experiment.seed)
-            then = _features(network, (fields.render(size) for fields in _decode(model, latents)), bar)
+            then = _features(
+                network, (domain.pictures(fields.render(domain.size)) for fields in _decode(model, latents)), bar
+            )
         value, error = metrics.kid(then, reference)
         course.append({"samples_seen": seen, "value": value, "standard_error": error, "samples": few})
     found: dict[str, Any] = {"kid_efficientnet_lite0": kid, "kid_efficientnet_lite0_by_checkpoint": course}
+    if (surface := _surfaces(samples, training, held_out, numbers, evaluation.surface_points)) is not None:
+        found["surfaces"] = surface
 
     if evaluation.inception_weights is None:
         left_out["fid, precision, recall"] = "evaluation.inception_weights is not set; no package brings these weights"
     else:
         inception = metrics.Inception(Path(evaluation.inception_weights).expanduser()).to(model.device)
-        reference = _features(inception, (unit(signal.inputs) for signal in training.batches(numbers)), bar)
-        measured = metrics.frechet_precision_recall(
-            _features(inception, samples.split(evaluation.batch_size), bar), reference
-        )
+        reference = _features(inception, pictures_of(training, numbers), bar)
+        measured = metrics.frechet_precision_recall(_features(inception, sampled, bar), reference)
         found["inception"] = {
             **measured,
             "weights_sha256": inception.sha256,
             "samples": len(samples),
-            "training_pictures": len(reference),
+            "training_signals": len(reference),
         }
     return found
 
 
+def _surfaces(
+    samples: Tensor, training: Split, held_out: Split | None, numbers: Sequence[int], points: int
+) -> dict[str, Any] | None:
+    """Minimum matching distance and coverage of samples' surfaces against training surfaces, by Chamfer distance."""
+    domain = training.domain
+    found = domain.surface(samples, points)
+    if found is None:
+        return None
+
+    def of(split: Split, chosen: Sequence[int]) -> Tensor:
+        parts = [domain.surface(domain.truth(signal), points) for signal in split.batches(chosen)]
+        return torch.cat([part for part in parts if part is not None])
+
+    reference = of(training, numbers)
+    distance, coverage = metrics.matching(found, reference)
+    result: dict[str, Any] = {
+        "mmd": distance,
+        "coverage": coverage,
+        "points": points,
+        "samples": len(found),
+        "training_signals": len(reference),
+        "empty_samples": int(found.isnan().flatten(1).any(1).sum()),
+    }
+    if held_out is not None:
+        other = of(held_out, held_out.spread(len(samples)))
+        distance, coverage = metrics.matching(other, reference)
+        result |= {"held_out_mmd": distance, "held_out_coverage": coverage, "held_out_signals": len(other)}
+    return result
+
+
 class Bar:
-    """Counts pictures against how many there will be."""
+    """Counts signals against how many there will be."""
 
     def __init__(self, progress: Progress | None, model: FieldModel, training: Split, held_out: Split | None) -> None:
         self.progress, self.done = progress, 0
         evaluation = model.experiment.evaluation
-        self.total = len(training.spread(MAX_TRAINING_PICTURES))
+        self.total = len(training.spread(MAX_TRAINING_SIGNALS))
         if held_out is not None:
             self.total += len(held_out.spread(evaluation.max_reconstructions))
         if model.prior is not None:
@@ -302,14 +356,6 @@ def spread(length: int, most: int) -> list[int]:
     return [(2 * i + 1) * length // (2 * count) for i in range(count)]
 
 
-def thumbnails(pictures: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 side side"]:
-    """Pictures at the size that distances to training pictures are taken at."""
-    side = min(NEIGHBOUR_PIXELS, pictures.shape[-1])
-    if side == pictures.shape[-1]:
-        return pictures
-    return nn.functional.interpolate(pictures, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
-
-
 def check_pipe(model: FieldModel, *, allow_pipe: bool) -> None:
     """Refuse to run commands that a run folder, perhaps somebody else's, names as its data."""
     data = model.experiment.data
@@ -318,11 +364,6 @@ def check_pipe(model: FieldModel, *, allow_pipe: bool) -> None:
             f"{model.folder}/config.json has data.allow_pipe=true: reading its data could run the commands in "
             f"data.train={data.train!r} or data.val={data.val!r}; give --allow-pipe if you trust them"
         )
-
-
-def unit(pixels: Tensor) -> Tensor:
-    """What an encoder sees, [-1, 1], as a picture in [0, 1]."""
-    return (pixels + 1) / 2
 
 
 def _num_samples(model: FieldModel) -> int:

@@ -5,7 +5,6 @@ Pictures are float32 [batch, 3, height, width] in [0, 1] everywhere.
 
 import hashlib
 import io
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +25,7 @@ INCEPTION_FEATURES = 2048
 
 _IMAGENET_MEAN, _IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _JACKKNIFE_HALVES = 20
+_CHAMFER_CHUNK = 16
 
 
 def psnr(pictures: Pictures, truth: Pictures) -> Float[Tensor, " batch"]:
@@ -46,25 +46,64 @@ def ssim(pictures: Pictures, truth: Pictures) -> Float[Tensor, " batch"]:
     return found.view(-1)
 
 
-METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
+def iou(found: Tensor, truth: Tensor) -> Float[Tensor, " batch"]:
+    """Intersection over union of the cells above one half; 1 where both are empty."""
+    a, b = (found > 0.5).flatten(1), (truth > 0.5).flatten(1)
+    union = (a | b).sum(1)
+    return torch.where(union > 0, (a & b).sum(1) / union.clamp(min=1), 1.0)
+
+
+def accuracy(found: Tensor, truth: Tensor) -> Float[Tensor, " batch"]:
+    """Share of cells on the same side of one half."""
+    return ((found > 0.5) == (truth > 0.5)).flatten(1).float().mean(1)
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "psnr": psnr,
+    "ssim": ssim,
+    "iou": iou,
+    "accuracy": accuracy,
+}
 """By the names in `Domain.metrics`: measures of each reconstruction against the truth."""
 
-
-def thumbnail_side(numbers: int, size: int) -> int:
-    """Side n of the largest n x n picture of three colours that is at most `numbers` numbers, and at most `size`."""
-    return min(max(1, math.isqrt(numbers // 3)), size)
-
-
-def thumbnail(truth: Pictures, *, numbers: int) -> Pictures:
-    """Bicubic from `numbers` numbers: each picture reduced to n x n (antialiased, float32) and enlarged again."""
-    side = thumbnail_side(numbers, truth.shape[-1])
-    small = F.interpolate(truth, size=(side, side), mode="bicubic", antialias=True)
-    return enlarge(small, truth.shape[-1])
+FORMATS: dict[str, tuple[str, str]] = {
+    "psnr": ("PSNR", "{:.2f} dB"),
+    "ssim": ("SSIM", "{:.3f}"),
+    "iou": ("IoU", "{:.3f}"),
+    "accuracy": ("accuracy", "{:.3f}"),
+}
+"""By the same names: how they are called and written in tables."""
 
 
-def enlarge(pictures: Pictures, size: int) -> Float[Tensor, "batch 3 size size"]:
-    """Bicubic interpolation to `size` pixels a side."""
-    return F.interpolate(pictures, size=(size, size), mode="bicubic", align_corners=False).clamp(0, 1)
+def matching(
+    samples: Float[Tensor, "count points 3"], reference: Float[Tensor, "count2 points2 3"]
+) -> tuple[float, float]:
+    """Minimum matching distance (the mean, over the reference, of the Chamfer distance to the nearest sample; lower is
+    better) and coverage (the share of the reference that is the nearest of some sample; higher is better) (Achlioptas
+    et al., 2018).
+
+    Samples without a surface (NaN) match nothing and cover nothing.
+    """
+    pairs = [chamfer(sample[None], reference) for sample in samples]
+    distances = torch.stack(pairs).nan_to_num(nan=torch.inf)  # [samples, reference]
+    has_surface = distances.isfinite().any(1)
+    covered = distances[has_surface].argmin(1).unique()
+    return distances.min(0).values.mean().item(), len(covered) / len(reference)
+
+
+def chamfer(first: Float[Tensor, "_ points 3"], second: Float[Tensor, "batch points2 3"]) -> Float[Tensor, " batch"]:
+    """Chamfer distance: mean squared distance to the nearest point, from the first to the second and back, added.
+
+    Args:
+        first: one set of points for each of the second, or one for all.
+    """
+    found = []
+    for part in range(0, len(second), _CHAMFER_CHUNK):
+        rows = second[part : part + _CHAMFER_CHUNK]
+        own = first if len(first) == 1 else first[part : part + _CHAMFER_CHUNK]
+        squared = torch.cdist(own.expand(len(rows), -1, -1), rows).square()
+        found.append(squared.min(2).values.mean(1) + squared.min(1).values.mean(1))
+    return torch.cat(found)
 
 
 class EfficientNetLite0(nn.Module):

@@ -15,7 +15,7 @@ from distributed_inr.field import Field
 from distributed_inr.models.encoders import AnyEncoder, PixelEncoder
 from distributed_inr.models.field_autoencoder import FieldAutoencoder
 from distributed_inr.models.perceptual import Network, lpips
-from distributed_inr.models.planes import PlaneDecoder, interpolate, plane_axes
+from distributed_inr.models.planes import PlaneDecoder, PlaneLayout, interpolate, plane_axes
 
 
 @config
@@ -39,6 +39,10 @@ class D2CVAE:
     """Scales of basis fields; "single" always has one."""
     field_channels: Annotated[int, pydantic.Field(gt=0)] = 64
     """Channels of each basis field."""
+    plane_mixing: Literal["sum", "concatenate"] = "sum"
+    """How the embeddings of several planes become one; with one plane, such as of images, both are the same."""
+    use_view: bool = True
+    """Tell the read-out what a measurement knows beside the place: of images the scale, of scenes the direction."""
     readout_width: Annotated[int, pydantic.Field(gt=0)] = 256
     """Hidden units of the read-out MLP."""
     readout_blocks: Annotated[int, pydantic.Field(gt=0)] = 4
@@ -84,10 +88,11 @@ class D2CVAE:
                 f"autoencoder.encoder.kind={self.encoder.kind} reads {self.encoder.input_kind}, but the {domain.kind} "
                 f"domain gives {domain.input_kind}; choose an encoder of {domain.input_kind}"
             )
-        if domain.size % self.encoder.reduction:
+        PlaneLayout.of(self.latent_channels, self.encoder.cells(domain))
+        if self.perceptual_weight and (domain.input_kind != "pixels" or domain.value_dim != 3):
             raise ValueError(
-                f"domain.size={domain.size} must be a multiple of the encoder's reduction {self.encoder.reduction}; "
-                f"try {max(1, domain.size // self.encoder.reduction) * self.encoder.reduction}"
+                f"autoencoder.perceptual_weight={self.perceptual_weight} compares coloured pictures, which the "
+                f"{domain.kind} domain does not have; set it to 0"
             )
         if self.perceptual_weight and self.num_points < domain.size**2:
             raise ValueError(
@@ -109,10 +114,10 @@ class D2CVAEModel(FieldAutoencoder):
         cfg.check(domain)
         self.cfg, self.domain = cfg, domain
         self.axes = plane_axes(domain.coord_dim)
-        planes, num_fields = len(self.axes), 1 if cfg.conditioning == "single" else cfg.num_fields
-        side = domain.size // cfg.encoder.reduction
-        self.latent_shape = (planes * cfg.latent_channels, side, side)
-        self.encoder = cfg.encoder.build(2 * planes * cfg.latent_channels)
+        num_fields = 1 if cfg.conditioning == "single" else cfg.num_fields
+        self.layout = PlaneLayout.of(cfg.latent_channels, cfg.encoder.cells(domain))
+        self.latent_shape = self.layout.latent_shape
+        self.encoder = cfg.encoder.build(domain, 2 * cfg.latent_channels)
         self.decoder = PlaneDecoder(
             cfg.latent_channels,
             channels=cfg.decoder_channels,
@@ -121,7 +126,8 @@ class D2CVAEModel(FieldAutoencoder):
             num_fields=num_fields,
             field_channels=cfg.field_channels,
         )
-        self.readout = ReadOut(cfg, num_fields, domain.view_dim, domain.value_dim)
+        embedding_dim = cfg.field_channels * (len(self.axes) if cfg.plane_mixing == "concatenate" else 1)
+        self.readout = ReadOut(cfg, domain, num_fields, embedding_dim)
 
     def forward(self, signal: Signal) -> dict[str, Tensor]:
         """Eq. 9, negated: mean negative log-likelihood of drawn measurements, and beta_z times the KL divergence."""
@@ -144,16 +150,19 @@ class D2CVAEModel(FieldAutoencoder):
         return mean, (0.5 * log_variance).exp()
 
     def decode(self, latent: Float[Tensor, "batch channels height width"]) -> Field:
-        planes = latent.unflatten(1, (len(self.axes), -1)).flatten(0, 1)  # [batch * planes, latent_channels, h, w]
-        basis = self.decoder(planes.contiguous(memory_format=torch.channels_last))
-        return Field(self._evaluate, tuple(b.unflatten(0, (len(latent), -1)) for b in basis), self.domain)
+        batch = len(latent)
+        stacks = [x.contiguous(memory_format=torch.channels_last) for x in self.layout.stacks(latent)]
+        scales = self.decoder(stacks, batch)
+        planes = tuple(plane for fields in scales for plane in self.layout.planes(fields, batch))
+        return Field(self._evaluate, planes, self.domain)
 
     def for_sampling(self) -> "D2CVAEModel":
         return self
 
     def _statistics(self, signal: Signal) -> tuple[Tensor, Tensor]:
-        inputs = signal.inputs.contiguous(memory_format=torch.channels_last)
-        mean, log_variance = _at_least_float32(self.encoder(inputs)).chunk(2, dim=1)
+        """Mean and log-variance of the posterior, of the latent's shape."""
+        halves = [_at_least_float32(x).chunk(2, dim=1) for x in self.encoder(signal.inputs)]
+        mean, log_variance = (self.layout.join(half, len(signal)) for half in zip(*halves, strict=True))
         return mean, log_variance.clamp(-30.0, 20.0)
 
     def _lpips(self, observed: Tensor, values: Tensor) -> Tensor:
@@ -166,45 +175,63 @@ class D2CVAEModel(FieldAutoencoder):
         rise = (position / max(1, self.cfg.kl_anneal_samples)).clamp(max=1.0)
         return self.cfg.kl_weight * (self.cfg.kl_start + (1 - self.cfg.kl_start) * rise)
 
-    def _evaluate(self, basis: tuple[Tensor, ...], coords: Tensor, view: Tensor | None) -> Tensor:
-        """Positional embeddings, summed over planes, through the read-out MLP (DDMI, section 3.1)."""
+    def _evaluate(self, planes: tuple[Tensor, ...], coords: Tensor, view: Tensor | None) -> Tensor:
+        """Positional embeddings, summed or concatenated over planes, through the read-out MLP (DDMI, section 3.1)."""
         embeddings = []
-        for fields in basis:  # [batch, planes, channels, height, width], coarse to fine
-            sums = sum(interpolate(fields[:, i], coords[..., list(axes)]) for i, axes in enumerate(self.axes))
-            embeddings.append(sums)
+        for start in range(0, len(planes), len(self.axes)):  # coarse to fine
+            scale = planes[start : start + len(self.axes)]
+            own = [interpolate(p, coords[..., list(axes)]) for p, axes in zip(scale, self.axes, strict=True)]
+            embeddings.append(torch.cat(own, dim=-1) if self.cfg.plane_mixing == "concatenate" else sum(own))
         return _at_least_float32(self.readout(embeddings, view))
 
 
 class ReadOut(nn.Module):
-    """MLP from positional embeddings to the value, with coarse-to-fine conditioning (CFC; DDMI, section 3.1)."""
+    """MLP from positional embeddings to the value, with coarse-to-fine conditioning (CFC; DDMI, section 3.1).
 
-    def __init__(self, cfg: D2CVAE, num_fields: int, view_dim: int, value_dim: int) -> None:
+    The view of a measurement goes in beside the embeddings. Where the domain has values that must not depend on it, it
+    goes to a head of the other values instead: of a scene, to the colour's and not to the density's.
+    """
+
+    def __init__(self, cfg: D2CVAE, domain: Domain, num_fields: int, embedding_dim: int) -> None:
         super().__init__()
         self.coarse_to_fine = cfg.conditioning == "coarse-to-fine"
-        width, channels = cfg.readout_width, cfg.field_channels
-        first = (channels if self.coarse_to_fine else channels * num_fields) + view_dim
+        self.view_dim = domain.view_dim if cfg.use_view else 0
+        self.num_unviewed = domain.num_unviewed
+        width, beside = cfg.readout_width, 0 if domain.num_unviewed else self.view_dim
+        first = (embedding_dim if self.coarse_to_fine else embedding_dim * num_fields) + beside
         joins = [
-            channels + view_dim if self.coarse_to_fine and i < num_fields else 0 for i in range(cfg.readout_blocks)
+            embedding_dim + beside if self.coarse_to_fine and i < num_fields else 0 for i in range(cfg.readout_blocks)
         ]
         self.blocks = nn.ModuleList(
             ReadOutBlock(first if i == 0 else width + join, width) for i, join in enumerate(joins)
         )
-        self.out = nn.Linear(width, value_dim)
+        self.out = nn.Linear(width, domain.num_unviewed or domain.value_dim)
+        self.viewed = None
+        if domain.num_unviewed:
+            self.viewed = nn.Sequential(
+                nn.Linear(width + self.view_dim, width // 2),
+                nn.SiLU(),
+                nn.Linear(width // 2, domain.value_dim - domain.num_unviewed),
+            )
 
     def forward(
         self,
         embeddings: list[Float[Tensor, "batch points channels"]],
         view: Float[Tensor, "batch points view_dim"] | None,
     ) -> Float[Tensor, "batch points value_dim"]:
-        seen = [] if view is None else [view.to(embeddings[0].dtype)]
+        given = [] if view is None or not self.view_dim else [view.to(embeddings[0].dtype)]
+        beside = [] if self.viewed is not None else given
         if not self.coarse_to_fine:
             embeddings = [torch.cat(embeddings, dim=-1)]
-        hidden = self.blocks[0](torch.cat([embeddings[0], *seen], dim=-1))
+        hidden = self.blocks[0](torch.cat([embeddings[0], *beside], dim=-1))
         for index, block in enumerate(list(self.blocks)[1:], start=1):
             if index < len(embeddings):
-                hidden = torch.cat([hidden, embeddings[index], *seen], dim=-1)
+                hidden = torch.cat([hidden, embeddings[index], *beside], dim=-1)
             hidden = block(hidden)
-        return self.out(F.silu(hidden))
+        hidden = F.silu(hidden)
+        if self.viewed is None:
+            return self.out(hidden)
+        return torch.cat([self.out(hidden), self.viewed(torch.cat([hidden, *given], dim=-1))], dim=-1)
 
 
 class ReadOutBlock(nn.Module):

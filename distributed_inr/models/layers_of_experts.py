@@ -379,5 +379,4 @@ def squared_length(latent: Float[Tensor, "batch layers latent_dim"]) -> Float[Te
 
 def _rows(measurements: Measurements, part: slice) -> Measurements:
     queries, values = measurements
-    view = None if queries.view is None else queries.view[part]
-    return Queries(queries.coords[part], view), values[part]
+    return queries.rows(part), values[part]

@@ -333,10 +333,10 @@ def measure(folder: Path) -> None:
 
     from torch import nn
 
-    from distributed_inr.data import pictures
     from distributed_inr.data.reader import ShardDataset, read_latent
     from distributed_inr.domains import Image as Domain
     from distributed_inr.generation import load_weights
+    from distributed_inr.raw import pictures
 
     domain, cache = Domain(size=16, source_size=32), Cache(str(folder / "cache"), gib=1.0)
 

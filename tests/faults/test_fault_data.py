@@ -22,7 +22,7 @@ from PIL import Image as PillowImage
 from tiny_sets import png, read_tiny, save_picture, write_set
 
 from distributed_inr.data import reader
-from distributed_inr.data.prepare import Plan, prepare_images, verify
+from distributed_inr.data.prepare import Plan, prepare_set, verify
 from distributed_inr.data.reader import Data, Read, ShardDataset, evaluation_stream, read_latent, training_stream
 from distributed_inr.data.shard_writer import ShardWriter, write_index
 from distributed_inr.data.shards import ShardIndex
@@ -389,5 +389,5 @@ def test_fault_51_pictures_that_would_have_one_key_are_refused_before_any_is_wri
     frames = {"frames": [{"file_path": "0.png"}, {"file_path": "0.jpg"}]}
     (tmp_path / "raw" / "chair" / "transforms.json").write_text(json.dumps(frames))
     with pytest.raises(ValueError, match="raw: chair/0.png and chair/0.jpg would have one key; rename one$"):
-        prepare_images(tmp_path / "raw", str(tmp_path / "out"), Plan(layout="views", split="none"))
+        prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(layout="views", split="none"))
     assert not (tmp_path / "out").exists()

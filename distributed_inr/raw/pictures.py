@@ -7,7 +7,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from distributed_inr.domains.image import MAX_PIXELS
+from distributed_inr.raw import option
+
+MAX_PIXELS = 89_478_485
+"""Largest picture that is decoded by default: Pillow's own limit, a quarter of a GiB as RGB."""
 
 FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -19,23 +22,25 @@ _SUFFIX_OF = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """How pictures are brought to one size; recorded in `index.json`.
+class Form:
+    """How pictures are brought to one size; recorded in `index.json`."""
 
-    Attributes:
-        size: side in pixels; None leaves pictures as they are.
-        resize: center-crop-lanczos takes the central square and reduces it by Lanczos; center-crop-area halves by 2 x 2
-            means as often as possible, then bicubic, then crops (as in the published diffusion code); pad-lanczos fits
-            the whole picture on white.
-        enlarge: also enlarge smaller pictures, which are refused otherwise.
-        encoding: keep leaves the file's own bytes where no pixel changes (PNG where one does); png, webp lose nothing.
-    """
+    size: int | None = option(None, "side in pixels; smaller pictures are left out (default: as they are)")
+    protocol: Resize = option(
+        "center-crop-lanczos",
+        "how pictures are brought to --size. center-crop-lanczos: the central square, reduced by Lanczos; "
+        "center-crop-area: halved by 2 x 2 means as often as possible, then bicubic, then cropped, as in the published "
+        "diffusion code; pad-lanczos: the whole picture on white",
+    )
+    enlarge: bool = option(False, "enlarge pictures smaller than --size too")
+    encoding: Encoding = option(
+        "keep", "keep: the file's own bytes where no pixel changes, else PNG; png and webp lose nothing"
+    )
+    max_pixels: int = option(MAX_PIXELS, "leave out larger pictures undecoded")
 
-    size: int | None = None
-    resize: Resize = "center-crop-lanczos"
-    enlarge: bool = False
-    encoding: Encoding = "keep"
-    max_pixels: int = MAX_PIXELS
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"--size {self.size} must be at least 1 pixel")
 
 
 def decode(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -44,17 +49,17 @@ def decode(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return picture
 
 
-def encode(content: bytes | Image.Image, shape: Shape) -> tuple[str, bytes]:
-    """Member suffix and bytes of a picture brought to `shape`. Raises ValueError when it cannot be used."""
+def encode(content: bytes | Image.Image, form: Form) -> tuple[str, bytes]:
+    """Member suffix and bytes of a picture brought to `form`. Raises ValueError when it cannot be used."""
     if isinstance(content, Image.Image):
         picture, kept = content.convert("RGB"), None
     else:
-        picture, kept = _open(content, shape.max_pixels)
-    if shape.size is not None and picture.size != (shape.size, shape.size):
-        picture, kept = _resize(picture, shape.size, shape), None
-    if shape.encoding == "keep" and kept is not None and not isinstance(content, Image.Image):
+        picture, kept = _open(content, form.max_pixels)
+    if form.size is not None and picture.size != (form.size, form.size):
+        picture, kept = _resize(picture, form.size, form), None
+    if form.encoding == "keep" and kept is not None and not isinstance(content, Image.Image):
         return kept, content
-    suffix = "png" if shape.encoding == "keep" else shape.encoding
+    suffix = "png" if form.encoding == "keep" else form.encoding
     options = {"png": {"optimize": True}, "webp": {"lossless": True, "method": 6}, "jpg": {"quality": 95}}
     file = io.BytesIO()
     picture.save(file, {"png": "PNG", "webp": "WEBP", "jpg": "JPEG"}[suffix], **options[suffix])
@@ -89,14 +94,14 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _resize(picture: Image.Image, size: int, shape: Shape) -> Image.Image:
+def _resize(picture: Image.Image, size: int, form: Form) -> Image.Image:
     width, height = picture.size
-    limiting = max(width, height) if shape.resize == "pad-lanczos" else min(width, height)
-    if limiting < size and not shape.enlarge:
+    limiting = max(width, height) if form.protocol == "pad-lanczos" else min(width, height)
+    if limiting < size and not form.enlarge:
         raise ValueError(f"{width} x {height} pixels, smaller than {size}; --enlarge would invent the rest")
-    if shape.resize == "pad-lanczos":
+    if form.protocol == "pad-lanczos":
         return ImageOps.pad(picture, (size, size), Image.Resampling.LANCZOS, color="white")
-    if shape.resize == "center-crop-lanczos":
+    if form.protocol == "center-crop-lanczos":
         return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)

@@ -1,0 +1,9 @@
+"""Raw data as they lie on disks, by domain. `SOURCES` is the registry: a new domain is one more member."""
+
+from distributed_inr.data.layouts.images import IMAGES
+from distributed_inr.data.layouts.item import Item, Part, select
+from distributed_inr.data.layouts.source import Source
+
+SOURCES: dict[str, Source] = {source.domain: source for source in (IMAGES,)}
+
+__all__ = ["SOURCES", "Item", "Part", "Source", "select"]

@@ -1,0 +1,133 @@
+"""Raw items: what a layout finds on disks, with key, caption, class, object and part, not read yet."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+Part = Literal["train", "val"]
+
+_PARTS: dict[str, Part] = {"train": "train", "val": "val", "validation": "val", "test": "val"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One raw picture, mesh, clip, ..., not read yet.
+
+    Attributes:
+        key: its sample key.
+        name: how messages name it: the path inside the source.
+        load: reads it, as its domain's `Source.convert` takes it.
+        size: bytes of the file, so that a rerun notices a changed source.
+        unit: the object it shows or the file it is cut from; items of one stay together when split by object.
+        part: train or val where the layout says so.
+        about: what else is known, such as "class"; becomes the record's json.
+    """
+
+    key: str
+    name: str
+    load: Callable[[], Any]
+    size: int = 0
+    text: str = ""
+    unit: str = ""
+    part: Part | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def walk(root: Path, suffixes: tuple[str, ...]) -> list[Item]:
+    """The files of a tree with one of these suffixes, by name."""
+    files = (Path(place, name) for place, _, names in os.walk(root) for name in names)
+    items = [item_of(root, f) for f in files if f.suffix.lower() in suffixes and not f.name.startswith(".")]
+    items.sort(key=lambda item: item.name)
+    seen: set[str] = set()
+    for index, item in enumerate(items):
+        if item.key in seen:  # a.png beside a.jpg: the suffix tells them apart
+            suffix = Path(item.name).suffix[1:].lower()
+            items[index] = item = replace(item, key=f"{item.key}-{suffix}")
+        seen.add(item.key)
+    return items
+
+
+def item_of(root: Path, file: Path) -> Item:
+    """A file, by its path inside the source; one below train/, val/ or test/ belongs to that part."""
+    path = file.relative_to(root)
+    parts = path.with_suffix("").as_posix().split("/")
+    key = "/".join([*parts[:-1], parts[-1].replace(".", "_")])  # webdataset's keys end at the first dot
+    size = file.stat().st_size
+    return Item(key, path.as_posix(), file.read_bytes, size, unit=key, part=_PARTS.get(parts[0].lower()))
+
+
+def read_metadata(root: Path, given: Path | None) -> tuple[Path, list[dict[str, Any]]] | None:
+    """The caption file: the given one, or metadata.jsonl in the folder or beside it."""
+    path = given or next((p for p in (root / "metadata.jsonl", root.parent / "metadata.jsonl") if p.is_file()), None)
+    if path is None:
+        return None
+    if not path.is_file():
+        raise ValueError(f"--metadata {path} is not a file; give a JSON-lines file with file_name or key, and text")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}; give one object a line") from None
+        if not isinstance(row, dict) or not row.keys() & {"file_name", "key"}:
+            raise ValueError(f"{path}, line {number} has neither file_name nor key; name the picture it describes")
+        rows.append(row)
+    return path.absolute(), rows
+
+
+def refuse_missing(missing: list[str], metadata: Path, root: Path) -> None:
+    if missing:
+        raise ValueError(
+            f"{metadata.name} names {len(missing)} files that are not in {root}, first {missing[0]!r}; "
+            "restore them or remove those lines"
+        )
+
+
+def described(items: list[Item], root: Path, metadata: Path | None) -> list[Item]:
+    """Items with captions from metadata.jsonl, or with the first folder's name as class and caption."""
+    rows = read_metadata(root, metadata)
+    if rows is None:
+        return [with_class(item, item.key.split("/")[0]) if "/" in item.key else item for item in items]
+    place, table = rows
+    found = list(items)
+    by_name = {item.name: i for i, item in enumerate(items)} | {item.key: i for i, item in enumerate(items)}
+    missing: list[str] = []
+    for row in table:
+        if "file_name" in row:
+            path = Path(os.path.normpath(place.parent / row["file_name"]))
+            if not path.is_relative_to(root):
+                continue  # the file lies beside a folder that also holds other things
+            name = path.relative_to(root).as_posix()
+        else:
+            name = str(row["key"])
+        if name not in by_name:
+            missing.append(name)
+            continue
+        found[by_name[name]] = with_row(found[by_name[name]], row)
+    refuse_missing(missing, place, root)
+    return found
+
+
+def with_row(item: Item, row: Mapping[str, Any]) -> Item:
+    about = {name: value for name, value in row.items() if name not in ("key", "file_name", "text")}
+    text = str(row.get("text", row.get("class", "")) or "")
+    return replace(item, text=text, about={**item.about, **about})
+
+
+def with_class(item: Item, name: str) -> Item:
+    return replace(item, text=name.replace("_", " ").replace("-", " "), about={**item.about, "class": name})
+
+
+def select(items: Iterable[Item], wanted: Mapping[str, tuple[str, ...]]) -> list[Item]:
+    """The items whose fields (text, part, or any of `about`) have one of the wanted values."""
+
+    def value(item: Item, name: str) -> str:
+        own = {"text": item.text, "part": item.part, "object": item.unit}
+        return str(own[name] if name in own else item.about.get(name))
+
+    return [item for item in items if all(value(item, name) in values for name, values in wanted.items())]
