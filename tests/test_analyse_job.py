@@ -149,7 +149,7 @@ def test_analyses_of_planes_write_theirs(planes: Path, tmp_path: Path, monkeypat
         ("run", "layerwise --numbers 1", "1 signals; an interpolation by layers has 2 ends: give two"),
         ("run", "composition --signals 1", "1 signals; give at least 2"),
         ("run", "retrieval --layers 7", "layer=7 must lie in 1..4"),
-        ("run", "composition --resolution 0", "resolution=0 must lie in 1..16384 pixels a side"),
+        ("run", "composition --resolution 0", "resolution=0 must lie in 1..16384 px a side"),
         ("run", "memorisation --count 0", "count=0 must be at least 1"),
         ("run", "deviations --samples 1", "samples=1 must be at least 2"),
         ("planes", "tree", "prior.kind=latent-diffusion of "),

@@ -94,7 +94,7 @@ def test_held_out_signals_are_encoded_by_an_optimisation(experiment: Experiment)
     error = ((fields.render(16) * 2 - 1).flatten(2).transpose(1, 2) - values).square().mean((1, 2))
     psnr = (10 * (4 / error).log10()).mean().item()
     result = json.loads((experiment.folder / "evaluation.json").read_text())
-    assert result["val"]["psnr"] == pytest.approx(psnr, abs=0.02) and result["val"]["pictures"] == 5
+    assert result["val"]["psnr"] == pytest.approx(psnr, abs=0.02) and result["val"]["signals"] == 5
 
 
 def test_a_complete_run_is_skipped_and_one_with_another_bank_refused(experiment: Experiment, tmp_path: Path):

@@ -62,7 +62,7 @@ def test_a_run_makes_and_loads_all_its_parts(experiment: Experiment):
     assert isinstance(model.prior, HierarchicalDiffusionModel)
     assert model.experiment.prior.condition_bits == 2  # floor(log2 33) - 3
     result = json.loads((experiment.folder / "evaluation.json").read_text())
-    assert result["val"]["latent_numbers"] == 32 and result["val"]["pictures"] == 5
+    assert result["val"]["latent_numbers"] == 32 and result["val"]["signals"] == 5
     assert "kid_efficientnet_lite0" in result["samples"]
     assert (experiment.folder / "reconstructions.png").is_file()
 

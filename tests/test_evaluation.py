@@ -35,16 +35,29 @@ def test_ssim_of_a_flat_shift_has_a_closed_form():
     assert metrics.ssim(torch.rand(3, 3, 32, 32), torch.rand(3, 3, 32, 32)).shape == (3,)
 
 
-@pytest.mark.parametrize(("numbers", "side"), [(256, 9), (243, 9), (242, 8), (3, 1), (1, 1), (12288, 64), (99999, 64)])
-def test_a_thumbnail_has_at_most_as_many_numbers_as_the_latent(numbers: int, side: int):
-    assert metrics.thumbnail_side(numbers, 64) == side
+def test_the_chamfer_distance_is_that_by_hand_in_pieces_or_not():
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(40, 5, 3, generator=generator), torch.randn(40, 7, 3, generator=generator)
+    pairs = (first[:, :, None] - second[:, None]).square().sum(-1)
+    expected = pairs.min(2).values.mean(1) + pairs.min(1).values.mean(1)
+    torch.testing.assert_close(metrics.chamfer(first, second), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(metrics.chamfer(first[:1], second)[:1], expected[:1], rtol=1e-4, atol=1e-5)
 
 
-def test_a_thumbnail_keeps_smooth_pictures_and_flattens_fine_ones():
-    ramp = torch.linspace(0.2, 0.8, 64).expand(1, 3, 64, 64).contiguous()
-    checks = (torch.arange(64)[:, None] + torch.arange(64)).remainder(2).float().expand(1, 3, 64, 64)
-    assert metrics.psnr(metrics.thumbnail(ramp, numbers=256), ramp) > 35
-    torch.testing.assert_close(metrics.thumbnail(checks, numbers=256), torch.full_like(checks, 0.5), rtol=0, atol=0.02)
+def test_matching_is_perfect_for_copies_and_poor_for_one_shape_or_none():
+    shapes = torch.rand(6, 30, 3, generator=torch.Generator().manual_seed(1)) + torch.arange(6.0).view(6, 1, 1)
+    assert metrics.matching(shapes, shapes) == (pytest.approx(0, abs=1e-6), 1.0)
+    distance, coverage = metrics.matching(shapes[:1].expand(4, -1, -1), shapes)
+    assert coverage == pytest.approx(1 / 6) and distance > 1
+    empty = torch.cat([shapes[:1], torch.full((1, 30, 3), torch.nan)])
+    assert metrics.matching(empty, shapes) == (pytest.approx(distance), coverage)
+
+
+def test_iou_and_accuracy_count_cells():
+    truth = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    found = torch.tensor([[0.9, 0.2, 0.8, 0.1], [0, 0, 0, 0], [0, 0, 0, 0]])
+    assert metrics.iou(found, truth).tolist() == [pytest.approx(1 / 3), 1.0, 0.0]
+    assert metrics.accuracy(found, truth).tolist() == [0.5, 1.0, 0.0]
 
 
 def test_kid_is_the_unbiased_estimate_written_out():
@@ -186,7 +199,7 @@ def test_evaluation_writes_pictures_and_a_report_that_shows_them(evaluated: Path
 
 
 def test_training_pictures_are_their_own_nearest_neighbours_mirrored_or_not(tmp_path: Path):
-    from distributed_inr.evaluation.evaluate import Bar, _survey, thumbnails
+    from distributed_inr.evaluation.evaluate import Bar, _survey
 
     write_pictures(tmp_path / "train", 12, seed=1)
     model = dinr.load(write_run(tmp_path, data__val=None))
@@ -194,7 +207,7 @@ def test_training_pictures_are_their_own_nearest_neighbours_mirrored_or_not(tmp_
     known = _survey(training, Bar(None, model, training, None))
     pictures = (torch.stack([training.dataset.signal(n)[0].inputs for n in (3, 11)]) + 1) / 2
     pictures[1] = pictures[1].flip(-1)
-    distances, places = known.nearest(thumbnails(pictures))
+    distances, places = known.nearest(model.domain.thumbnails(pictures))
     assert places == [(3, 0), (11, 1)]
     assert distances.max() < 1e-3
 

@@ -172,3 +172,23 @@ def test_a_smaller_picture_of_ones_own_is_enlarged_with_a_line(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "small.png: 4 pixels enlarged to domain.size=8 for the encoder"
     ]
+
+
+@pytest.mark.parametrize(("numbers", "side"), [(256, 9), (243, 9), (242, 8), (3, 1), (1, 1), (12288, 64), (99999, 64)])
+def test_the_naive_picture_has_at_most_as_many_numbers(numbers: int, side: int):
+    domain = Image(size=64, source_size=64)
+    ramp = torch.linspace(0.2, 0.8, 64).expand(1, 3, 64, 64).contiguous()
+    inputs = torch.cat([ramp, ramp]) * 2 - 1
+    zero = torch.zeros(2, dtype=torch.int64)
+    ((name, found),) = domain.naive(Signal(["a", "b"], zero, zero, inputs), numbers=numbers).items()
+    assert name == f"bicubic from {side} x {side} colours" and found.shape == (2, 3, 64, 64)
+    if side == 9:
+        assert (found - ramp).square().mean().sqrt() < 10 ** (-35 / 20)
+
+
+def test_a_naive_picture_flattens_what_is_finer_than_it():
+    domain = Image(size=64, source_size=64)
+    checks = (torch.arange(64)[:, None] + torch.arange(64)).remainder(2).float().expand(1, 3, 64, 64)
+    zero = torch.zeros(1, dtype=torch.int64)
+    (found,) = domain.naive(Signal(["a"], zero, zero, checks * 2 - 1), numbers=256).values()
+    torch.testing.assert_close(found, torch.full_like(checks, 0.5), rtol=0, atol=0.02)

@@ -1,6 +1,5 @@
 """Spatial frequencies of basis fields (DDMI, section 4.4): whether coarse and fine fields share the work as meant."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,13 +66,20 @@ def frequencies(model: FieldModel, latents: Latents) -> Spectra:
             f"autoencoder.kind={model.experiment.autoencoder.kind} of {model.folder} has no basis fields, whose "
             "frequencies these are; give a run with autoencoder.kind d2c-vae"
         )
+    if len({side for size in model.autoencoder.layout.sizes for side in size}) > 1:
+        raise ValueError(
+            f"domain.kind={model.domain.kind} of {model.folder} has planes of unequal sides, and radial frequencies "
+            "are those of square ones; give a run whose planes are square"
+        )
     powers: list[list[Tensor]] = []
     shown: list[tuple[Tensor, Tensor]] = []
     for part in latents.values.split(model.experiment.evaluation.batch_size):
-        basis: Sequence[Tensor] = model.decode(part).parameters  # each [batch, planes, channels, height, width]
-        powers.append([radial_power(planes.flatten(0, 2)).cpu() * len(part) for planes in basis])
+        basis = model.autoencoder.basis(part.to(model.device))
+        powers.append(
+            [radial_power(torch.cat([p.flatten(0, 1) for p in planes])).cpu() * len(part) for planes in basis]
+        )
         if not shown:
-            shown = [(_main_component(p[:SHOWN, 0]).cpu(), _map(p[:SHOWN, 0]).cpu()) for p in basis]
+            shown = [(_main_component(p[:SHOWN]).cpu(), _map(p[:SHOWN]).cpu()) for p, *_ in basis]
     found = []
     for index, (fields, maps) in enumerate(shown):
         power = torch.stack([part[index] for part in powers]).sum(0) / len(latents)

@@ -250,9 +250,9 @@ class Domain(ABC):
         """Renderings brought to a finer resolution without the field, by the usual interpolation."""
 
     @abstractmethod
-    def naive(self, truth: Tensor, *, numbers: int) -> dict[str, Tensor]:
-        """What one would have without a model, by name: renderings made of the true ones, such as from `numbers`
-        numbers by interpolation.
+    def naive(self, signal: Signal, *, numbers: int) -> dict[str, Tensor]:
+        """What one would have without a model, by name: in place of `truth`, renderings made of the signals by simple
+        means, such as interpolation from `numbers` numbers.
         """
 
     @abstractmethod

@@ -210,8 +210,9 @@ class Image(Domain):
         """Bicubic."""
         return enlarge(rendered, resolution)
 
-    def naive(self, truth: Tensor, *, numbers: int) -> dict[str, Tensor]:
+    def naive(self, signal: Signal, *, numbers: int) -> dict[str, Tensor]:
         """Bicubic from n x n colours that are at most as many numbers (antialiased)."""
+        truth = self.truth(signal)
         side = min(max(1, math.isqrt(numbers // 3)), truth.shape[-1])
         small = F.interpolate(truth, size=(side, side), mode="bicubic", antialias=True)
         return {f"bicubic from {side} x {side} colours": enlarge(small, truth.shape[-1])}

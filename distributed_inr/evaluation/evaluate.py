@@ -147,7 +147,7 @@ def _reconstructions(
         fields, truth = model.encode(signal), domain.truth(signal)
         found = domain.reproduce(fields, signal)
         measure("", found, truth)
-        naive = domain.naive(truth, numbers=latent_numbers)
+        naive = domain.naive(signal, numbers=latent_numbers)
         for name, rendered in naive.items():
             measure(name, rendered, truth)
         measure(f"the mean of {len(known.numbers)} training {domain.noun}s", known.mean.expand_as(truth), truth)

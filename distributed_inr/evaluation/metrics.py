@@ -26,6 +26,7 @@ INCEPTION_FEATURES = 2048
 _IMAGENET_MEAN, _IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _JACKKNIFE_HALVES = 20
 _CHAMFER_CHUNK = 16
+_EXACT = "donot_use_mm_for_euclid_dist"  # matrix products round what is very near
 
 
 def psnr(pictures: Pictures, truth: Pictures) -> Float[Tensor, " batch"]:
@@ -101,7 +102,7 @@ def chamfer(first: Float[Tensor, "_ points 3"], second: Float[Tensor, "batch poi
     for part in range(0, len(second), _CHAMFER_CHUNK):
         rows = second[part : part + _CHAMFER_CHUNK]
         own = first if len(first) == 1 else first[part : part + _CHAMFER_CHUNK]
-        squared = torch.cdist(own.expand(len(rows), -1, -1), rows).square()
+        squared = torch.cdist(own.expand(len(rows), -1, -1), rows, compute_mode=_EXACT).square()
         found.append(squared.min(2).values.mean(1) + squared.min(1).values.mean(1))
     return torch.cat(found)
 

@@ -150,11 +150,14 @@ class D2CVAEModel(FieldAutoencoder):
         return mean, (0.5 * log_variance).exp()
 
     def decode(self, latent: Float[Tensor, "batch channels height width"]) -> Field:
+        planes = tuple(plane for planes in self.basis(latent) for plane in planes)
+        return Field(self._evaluate, planes, self.domain)
+
+    def basis(self, latent: Float[Tensor, "batch channels height width"]) -> list[list[Tensor]]:
+        """Basis fields by scale, coarse to fine, and by plane: each [batch, field_channels, height, width]."""
         batch = len(latent)
         stacks = [x.contiguous(memory_format=torch.channels_last) for x in self.layout.stacks(latent)]
-        scales = self.decoder(stacks, batch)
-        planes = tuple(plane for fields in scales for plane in self.layout.planes(fields, batch))
-        return Field(self._evaluate, planes, self.domain)
+        return [self.layout.planes(fields, batch) for fields in self.decoder(stacks, batch)]
 
     def for_sampling(self) -> "D2CVAEModel":
         return self
