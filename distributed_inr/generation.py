@@ -8,11 +8,8 @@
 Needs neither Ray nor DeepSpeed nor webdataset.
 """
 
-import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +17,17 @@ import torch
 from jaxtyping import Float, Int64
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from distributed_inr.config import from_json, to_json
+from distributed_inr.config import from_json
 from distributed_inr.domains import AnyDomain, Signal
 from distributed_inr.domains.domain import seeds_for
-from distributed_inr.experiment import DEFAULT_OUTPUT, Experiment
+from distributed_inr.experiment import Experiment
 from distributed_inr.field import Field
 from distributed_inr.models import FieldAutoencoder, LatentPrior
 from distributed_inr.models.hierarchical_diffusion import HierarchicalDiffusionModel
 from distributed_inr.models.noising import Sampler
 from distributed_inr.randomness import sample_seed
-from distributed_inr.sheets import fit, in_rows, sheet
-
-_SHEET_PICTURES = 64
-_SHEET_CELL = 256
 
 
 @dataclass(frozen=True)
@@ -221,144 +213,6 @@ def set_weights(module: nn.Module, weights: Mapping[str, Tensor], *, source: str
     module.eval().requires_grad_(False)
 
 
-def sample_files(
-    model: FieldModel,
-    out: Path | None = None,
-    *,
-    count: int = 16,
-    resolution: int | None = None,
-    seed: int = 0,
-    steps: int | None = None,
-    sampler: Sampler | None = None,
-    fix_layers: int | None = None,
-    branches: int | None = None,
-) -> list[Path]:
-    """Write `count` samples, each to a file of its own, and one sheet of them. Returns their paths, the sheet last.
-
-    Args:
-        out: None takes `samples` inside the run folder, or in the working directory where the run is read-only.
-        resolution: pixels a side; None takes the domain's base resolution.
-        fix_layers: of each sample, hold the latents of so many first layers and draw the others anew, `branches` times:
-            a row of the sheet for each sample, itself first. A .json beside the sheet says each one's seed.
-        branches: None takes 4.
-    """
-    resolution = check_resolution(model, resolution)
-    if fix_layers is None and branches is not None:
-        raise ValueError(f"branches={branches} redraws layers after held ones; say how many with fix_layers")
-    branches = 4 if branches is None else branches
-    if fix_layers is not None:
-        model.branching_prior(fix_layers, branches)
-    latents = model.sample_latents(count, seed=seed, steps=steps, sampler=sampler)
-    seeds, columns = seeds_for(seed, count), None
-    if fix_layers is not None:
-        columns = 1 + branches
-        drawn, own = model.sample_branches(
-            latents, seeds, fix_layers=fix_layers, branches=branches, steps=steps, sampler=sampler
-        )
-        latents = torch.cat([latents[:, None], drawn], dim=1).flatten(0, 1)
-        seeds = torch.cat([seeds[:, None], own], dim=1).flatten()
-    out = make_folder(out or default_folder(model.folder, "samples"))
-    held = "" if fix_layers is None else f"-fix{fix_layers}"
-    domain = model.domain
-    stem, digits = f"seed{seed}{held}-{resolution}{domain.unit}", max(3, len(str(len(latents) - 1)))
-    row = columns or 1
-    most = _SHEET_PICTURES // row * row or row
-    title = f"the first {most // row} of {count} samples" if len(latents) > most else ""
-    paths, shown = [], []
-    for latent in latents:
-        rendered = model.decode(latent[None]).render(resolution).cpu()
-        paths.append(out / f"{stem}-{len(paths):0{digits}d}{domain.suffix}")
-        domain.save(rendered[0], paths[-1])
-        if len(shown) < most:
-            shown.append(fit(domain.pictures(rendered)[0], min(_SHEET_CELL, max(resolution, 128))))
-    if columns is None:
-        paths.append(out / f"{stem}-sheet.png")
-        sheet(in_rows(shown), title=title).save(paths[-1])
-        return paths
-    nodes = [
-        {
-            "file": path.name,
-            "seed": int(own),
-            "sample": i // columns,
-            "branch": i % columns - 1 if i % columns else None,
-        }
-        for i, (path, own) in enumerate(zip(paths, seeds, strict=True))
-    ]
-    paths.append(out / f"{stem}-seeds.json")
-    paths[-1].write_text(json.dumps({"fix_layers": fix_layers, "nodes": nodes}, indent=1) + "\n")
-    rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
-    titles = ["sample", *[f"branch {j}" for j in range(branches)]]
-    along = f"the first {fix_layers} of {model.autoencoder.latent_shape[0]} layers held along each row"
-    title = f"{along}; {title}" if title else along
-    paths.append(out / f"{stem}-sheet.png")
-    sheet(rows, column_titles=titles[: len(rows[0])], title=title).save(paths[-1])
-    return paths
-
-
-def reconstruct_files(
-    model: FieldModel, files: Sequence[str | Path], out: Path | None = None, *, resolution: int | None = None
-) -> list[Path]:
-    """Write each file as its function, read out at any resolution, and a sheet with the original beside it.
-
-    Args:
-        out: None takes `reconstructions` inside the run folder, or in the working directory where the run is read-only.
-        resolution: pixels a side; None takes the domain's base resolution.
-    """
-    resolution = check_resolution(model, resolution)
-    domain = model.domain
-    signals = [domain.open(Path(file)) for file in files]  # all are read before anything is written
-    out = make_folder(out or default_folder(model.folder, "reconstructions"))
-    paths: list[Path] = []
-    for file, signal in zip(files, signals, strict=True):
-        rendered = model.encode(signal).render(resolution).cpu()
-        stem = f"{Path(file).stem}-{resolution}{domain.unit}"
-        while out / f"{stem}{domain.suffix}" in paths:
-            stem += "-again"
-        paths.append(out / f"{stem}{domain.suffix}")
-        domain.save(rendered[0], paths[-1])
-
-        row = domain.shown(signal) | {f"its function, {resolution} {domain.unit}": domain.pictures(rendered)[0]}
-        paths.append(out / f"{stem}-beside.png")
-        cell = min(max(resolution, 256), 1024)
-        sheet([[fit(picture, cell) for picture in row.values()]], column_titles=list(row)).save(paths[-1])
-    return paths
-
-
-def export(run: str | Path, out: Path) -> None:
-    """Copy what `load` needs of a finished run to a new folder, with float16 weights, and its report and pictures.
-
-    The report is the run's own, of its float32 weights. Addresses of data and caches stay in config.json as they are.
-    """
-    model = load(run, device="cpu")
-    prior = model.trained_prior
-    if out.exists():
-        raise ValueError(f"{out} exists; choose another folder with --out, or delete it")
-    for name, module in (("autoencoder", model.autoencoder), ("prior", prior)):
-        state = module.state_dict()
-        weights = {key: (t.half() if t.is_floating_point() else t).contiguous() for key, t in state.items()}
-        if not all(t.isfinite().all() for t in weights.values()):
-            raise ValueError(f"{model.folder}/{name}: weights beyond 65504 do not fit float16; share the run as it is")
-        (make_folder(out / name) / "model.safetensors").write_bytes(serialise(weights))  # with the user's own mode
-    experiment = replace(model.experiment, output=DEFAULT_OUTPUT, autoencoder=model.autoencoder.cfg)
-    (out / "config.json").write_text(to_json(experiment) + "\n")
-    for path in [*model.folder.glob("*.png"), *model.folder.glob("report.md"), *model.folder.glob("evaluation.json")]:
-        shutil.copyfile(path, out / path.name)
-
-
-def default_folder(run: Path, name: str) -> Path:
-    """`name` inside the run folder, or in the working directory where the run is read-only."""
-    return run / name if os.access(run, os.W_OK) else Path(name)
-
-
-def make_folder(folder: Path) -> Path:
-    """`folder`, made if need be. Raises ValueError where that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be made: {error.strerror}; choose another folder with --out") from None
-    return folder
-
-
 _UNFINISHED = "the run has not come that far; run its training job to the end, or give another run folder"
 
 
@@ -371,13 +225,3 @@ def _batch(signals: Sequence[Signal]) -> Signal:
         inputs=torch.cat([signal.inputs for signal in signals]),
         text=[text for signal in signals for text in signal.text],
     )
-
-
-def check_resolution(model: FieldModel, resolution: int | None) -> int:
-    """What to read out at; None takes the domain's own. Raises ValueError where no file can be that large."""
-    resolution = model.domain.size if resolution is None else resolution
-    if not 1 <= resolution <= model.domain.max_resolution:
-        raise ValueError(
-            f"resolution={resolution} must lie in 1..{model.domain.max_resolution} {model.domain.unit} a side"
-        )
-    return resolution

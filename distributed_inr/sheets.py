@@ -1,5 +1,6 @@
 """Sheets: pictures in a grid with titles and labels."""
 
+import textwrap
 from collections.abc import Sequence
 
 from jaxtyping import Float
@@ -14,6 +15,11 @@ def fit(picture: Float[Tensor, "3 height width"], size: int) -> Image.Image:
     image = to_pillow(picture)
     shape = (max(1, round(image.width * size / image.height)), size)
     return image.resize(shape, Image.Resampling.LANCZOS if image.height > size else Image.Resampling.NEAREST)
+
+
+def titled(text: str) -> str:
+    """A column's title in short lines."""
+    return "\n".join(textwrap.wrap(text, 20))
 
 
 def in_rows(pictures: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:

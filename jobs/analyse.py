@@ -17,7 +17,8 @@ from typing import Any, Literal
 from distributed_inr.analysis import Latents, choose, control_files, file_latents, statistics_files
 from distributed_inr.analysis.sources import MOST, Source
 from distributed_inr.config import Parser, command
-from distributed_inr.generation import FieldModel, load, make_folder
+from distributed_inr.files import make_folder
+from distributed_inr.generation import FieldModel, load
 from distributed_inr.models.noising import Sampler
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from distributed_inr.config import Parser, command
-from distributed_inr.generation import export
+from distributed_inr.files import export
 
 
 @command

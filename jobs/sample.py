@@ -1,6 +1,7 @@
-"""Draw functions from a finished run and write them as pictures of any resolution.
+"""Draw functions from a finished run and write them as files of any resolution.
 
 python jobs/sample.py runs/ddmi/furniture-image --count 16 --resolution 512 --seed 7
+python jobs/sample.py runs/ddmi/furniture-shape --count 4 --resolution 128 --format ply
 python jobs/sample.py runs/chinr/furniture-image --count 4 --fix-layers 2 --branches 4
 """
 
@@ -9,7 +10,8 @@ import typing
 from pathlib import Path
 
 from distributed_inr.config import Parser, command
-from distributed_inr.generation import load, sample_files
+from distributed_inr.files import sample_files
+from distributed_inr.generation import load
 from distributed_inr.models.noising import Sampler
 
 
@@ -18,13 +20,14 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="run folder, such as runs/ddmi/furniture-image")
     parser.add_argument("--count", type=int, default=16, help="how many (default: 16)")
-    parser.add_argument("--resolution", type=int, help="pixels a side (default: the run's base resolution)")
+    parser.add_argument("--resolution", type=int, help="pixels, cells or frames a side (default: the run's own)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws others (default: 0)")
     parser.add_argument("--steps", type=int, help="network evaluations a sample (default: the run's sampling.steps)")
     parser.add_argument("--sampler", choices=typing.get_args(Sampler), help="default: the run's sampling.sampler")
     parser.add_argument("--out", type=Path, help="folder (default: samples in RUN, or here where RUN is read-only)")
     parser.add_argument("--fix-layers", type=int, help="hold so many first layers of each sample and redraw the rest")
     parser.add_argument("--branches", type=int, help="with --fix-layers: how often (default: 4)")
+    parser.add_argument("--format", metavar="SUFFIX", help="kind of file, such as ply or gif (default: the domain's)")
     given = parser.parse_args()
     paths = sample_files(
         load(given.run),
@@ -36,6 +39,7 @@ def main() -> None:
         sampler=given.sampler,
         fix_layers=given.fix_layers,
         branches=given.branches,
+        suffix=given.format,
     )
     print(*paths, sep="\n")
 

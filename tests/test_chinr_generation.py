@@ -14,7 +14,8 @@ from tiny_run import smooth_picture
 
 import distributed_inr as dinr
 from distributed_inr.domains.domain import seeds_for
-from distributed_inr.generation import FieldModel, export, reconstruct_files, sample_files
+from distributed_inr.files import export, reconstruct_files, sample_files
+from distributed_inr.generation import FieldModel
 from distributed_inr.models.hierarchical_diffusion import HierarchicalDiffusionModel
 from distributed_inr.models.layers_of_experts import LayersOfExpertsModel
 

@@ -16,7 +16,7 @@ import distributed_inr as dinr
 from distributed_inr.config import differences
 from distributed_inr.domains.domain import collate, pixel_centres
 from distributed_inr.evaluation.metrics import psnr
-from distributed_inr.generation import default_folder, export, reconstruct_files, sample_files
+from distributed_inr.files import default_folder, export, reconstruct_files, sample_files
 from distributed_inr.presets.ddmi import PRESETS
 
 REPOSITORY = Path(__file__).parent.parent

@@ -54,7 +54,7 @@ def test_the_job_prepares_verifies_and_describes(tmp_path: Path) -> None:
     made = job("image", str(tmp_path / "raw"), "--out", out, "--size", "32", "--val-fraction", "0.3")
     assert made.returncode == 0 and "train:" in made.stdout and made.stdout.strip().endswith(out), made.stderr
     assert job("verify", f"{out}/train").returncode == 0
-    assert json.loads(job("describe", f"{out}/train").stdout)["protocol"]["shape"]["size"] == 32
+    assert json.loads(job("describe", f"{out}/train").stdout)["protocol"]["form"]["size"] == 32
 
 
 @pytest.mark.slow

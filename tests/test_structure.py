@@ -17,6 +17,7 @@ ORDER = (
     "presets",
     "sheets",
     "generation",
+    "files",
     "evaluation",
     "analysis",
     "console",

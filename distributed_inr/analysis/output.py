@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from distributed_inr.generation import FieldModel, default_folder, make_folder
+from distributed_inr.files import default_folder, make_folder
+from distributed_inr.generation import FieldModel
 
 
 @dataclass

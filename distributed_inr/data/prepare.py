@@ -46,7 +46,7 @@ class Plan:
             has it, the layout's own kind, text where there are captions, else fraction.
         val_fraction: held-out fraction of captions, objects, time or items; by time the last, else chosen by hash.
         val_per_class: instead, this many of each class.
-        val_gap: items left out before those held out by time: what overlaps them, or nearly.
+        val_gap: items left out before those held out by time; more, if more overlap them.
         split_seed: another number holds out others.
         form: how items are brought to one kind of record; None takes the domain's defaults.
     """
@@ -251,9 +251,7 @@ def _split(found: list[Item], plan: Plan) -> tuple[str, list[Part | None]]:
             split = "given"
         elif (own := plan.source.splits.get(plan.layout or "")) is not None:
             split = own
-        elif plan.layout == next(iter(plan.source.layouts)) and all(
-            p.text and p.text != p.about.get("class") for p in found
-        ):
+        elif all(p.text and p.text != p.about.get("class") for p in found):
             split = "text"
         else:
             split = "fraction"
@@ -301,15 +299,16 @@ def _split_time(found: list[Item], plan: Plan) -> list[Part | None]:
     for number, item in enumerate(found):
         units["" if single else item.unit].append(number)
     sides: list[Part | None] = ["train"] * len(found)
+    gap = max(plan.val_gap, plan.source.overlap(plan.form))
     for numbers in units.values():
         held_out = round(len(numbers) * plan.val_fraction)
         for place, number in enumerate(reversed(numbers)):
-            if place < held_out + plan.val_gap and held_out:
+            if place < held_out + gap and held_out:
                 sides[number] = "val" if place < held_out else None
     if "val" not in sides or "train" not in sides:
         raise ValueError(
             f"--split time over {len(found)} of them leaves {'train' if 'val' in sides else 'val'} empty; change "
-            f"--val-fraction {plan.val_fraction} or --val-gap {plan.val_gap}"
+            f"--val-fraction {plan.val_fraction} or --val-gap {gap}"
         )
     return sides
 

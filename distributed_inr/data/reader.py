@@ -5,7 +5,6 @@ import itertools
 import logging
 import math
 import queue
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from distributed_inr.data.order import Order
 from distributed_inr.data.shards import OpenShard, Shard, ShardDamaged, ShardIndex, load_index
 from distributed_inr.domains.domain import Record, Signal, caption, collate
 from distributed_inr.randomness import sample_seed
+from distributed_inr.raw.arrays import read_npy
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,6 @@ Read = Callable[[Record, int], Signal]
 _OPEN_SHARDS = 256
 _MAX_LOADERS = 256
 _BAD_FRACTION_OF = 1000
-_NPY_HEADER = re.compile(
-    rb"\{'descr': '(<f[248])', 'fortran_order': False, 'shape': \((\d{1,9}(?:, \d{1,9})+)\), \} *\n"
-)
 
 
 @config
@@ -245,7 +242,7 @@ def read_latent(record: Record, seed: int) -> Signal:
     """Decode one record of a latent set: mean and perhaps deviation, [1 or 2, *latent_shape], and the caption."""
     key = record["__key__"]
     try:
-        latent = _read_npy(record["latent.npy"])
+        latent = read_npy(record["latent.npy"])
     except (ValueError, KeyError) as error:
         raise ValueError(f"{key}.latent.npy cannot be decoded: {error}") from None
     if latent.ndim < 2 or latent.shape[0] not in (1, 2) or latent.dtype.kind != "f":
@@ -259,16 +256,6 @@ def read_latent(record: Record, seed: int) -> Signal:
         inputs=torch.from_numpy(latent.astype(np.float32)),
         text=caption(record),
     )
-
-
-def _read_npy(content: bytes) -> np.ndarray:
-    """A .npy array as numpy writes it. Its own reader evaluates the header as Python: slow, and it raises anything."""
-    start = 10 + int.from_bytes(content[8:10], "little")
-    header = _NPY_HEADER.fullmatch(content[10:start])
-    if content[:8] != b"\x93NUMPY\x01\x00" or header is None:
-        raise ValueError("not a .npy of version 1.0 that holds floats in C order")
-    shape = tuple(map(int, header[2].split(b",")))
-    return np.frombuffer(content, header[1].decode(), offset=start).reshape(shape)
 
 
 def training_stream(

@@ -146,12 +146,12 @@ class Domain(ABC):
     """What `Signal.inputs` holds, so that an experiment can check the encoder against it."""
     input_dim: int
     """Numbers of each pixel, point or frame cell of `Signal.inputs`."""
-    metrics: ClassVar[tuple[str, ...]]
+    metrics: tuple[str, ...]
     """Names in `evaluation.metrics.METRICS`; the first decides in tables."""
     noun: ClassVar[str]
     """What one signal is called in reports, such as picture."""
-    suffix: ClassVar[str]
-    """Of the files that `save` writes where nothing else is asked for, such as .png."""
+    suffixes: ClassVar[tuple[str, ...]]
+    """Of the files that `save` writes; the first where nothing else is asked for."""
     unit: ClassVar[str]
     """What a resolution counts, as it stands in file names: px, cells, frames."""
     fine: ClassVar[int]
@@ -273,7 +273,7 @@ class Domain(ABC):
 
     @abstractmethod
     def save(self, rendered: Tensor, path: Path) -> None:
-        """Write one rendering to a file of the kind that the suffix names."""
+        """Write one rendering to a file of the kind that the suffix names. Raises ValueError where it cannot be one."""
 
 
 def _select(chosen: Tensor, yes: Any, no: Any) -> Any:

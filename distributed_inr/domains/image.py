@@ -59,7 +59,7 @@ class Image(Domain):
     input_dim: ClassVar[int] = 3
     metrics: ClassVar[tuple[str, ...]] = ("psnr", "ssim")
     noun: ClassVar[str] = "picture"
-    suffix: ClassVar[str] = ".png"
+    suffixes: ClassVar[tuple[str, ...]] = (".png", ".jpg", ".webp")
     unit: ClassVar[str] = "px"
     fine: ClassVar[int] = 4
     max_resolution: ClassVar[int] = 16_384  # 3.2 GB in memory

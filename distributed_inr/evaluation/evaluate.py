@@ -17,7 +17,8 @@ from distributed_inr.data import storage
 from distributed_inr.domains.domain import Signal, collate
 from distributed_inr.evaluation import metrics, report
 from distributed_inr.field import Field
-from distributed_inr.generation import FieldModel, load, make_folder, set_weights
+from distributed_inr.files import make_folder
+from distributed_inr.generation import FieldModel, load, set_weights
 from distributed_inr.models import LatentPrior
 from distributed_inr.training import checkpoint
 

@@ -18,6 +18,7 @@ from distributed_inr.models.perceptual import read_tensors
 from distributed_inr.models.torchvision_cpu import import_torchvision
 
 Pictures = Float[Tensor, "batch 3 height width"]
+Clips = Float[Tensor, "batch frames 3 height width"]
 
 EFFICIENTNET_PIXELS = 128
 """Pixels a side that pictures are brought to for EfficientNet-Lite0; its own 224 take three times as long."""
@@ -47,6 +48,16 @@ def ssim(pictures: Pictures, truth: Pictures) -> Float[Tensor, " batch"]:
     return found.view(-1)
 
 
+def clip_psnr(clips: Clips, truth: Clips) -> Float[Tensor, " batch"]:
+    """Peak signal-to-noise ratio of each clip in dB, over all its frames."""
+    return psnr(clips.transpose(1, 2).flatten(2, 3), truth.transpose(1, 2).flatten(2, 3))
+
+
+def clip_ssim(clips: Clips, truth: Clips) -> Float[Tensor, " batch"]:
+    """Structural similarity of the frames of each clip, as a mean over them."""
+    return ssim(clips.flatten(0, 1), truth.flatten(0, 1)).unflatten(0, (len(clips), -1)).mean(1)
+
+
 def iou(found: Tensor, truth: Tensor) -> Float[Tensor, " batch"]:
     """Intersection over union of the cells above one half; 1 where both are empty."""
     a, b = (found > 0.5).flatten(1), (truth > 0.5).flatten(1)
@@ -59,19 +70,37 @@ def accuracy(found: Tensor, truth: Tensor) -> Float[Tensor, " batch"]:
     return ((found > 0.5) == (truth > 0.5)).flatten(1).float().mean(1)
 
 
+def joint_error(found: Float[Tensor, "batch frames channels"], truth: Tensor) -> Float[Tensor, " batch"]:
+    """Mean distance of joints, three channels each in metres, from their places in the truth, in centimetres."""
+    return (found - truth).unflatten(2, (-1, 3)).norm(dim=-1).mean((1, 2)) * 100
+
+
+def rms_error(found: Float[Tensor, "batch frames channels"], truth: Tensor) -> Float[Tensor, " batch"]:
+    """Root mean squared error over all numbers of each motion, in the data's own units."""
+    return (found - truth).square().mean((1, 2)).sqrt()
+
+
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "psnr": psnr,
     "ssim": ssim,
+    "clip_psnr": clip_psnr,
+    "clip_ssim": clip_ssim,
     "iou": iou,
     "accuracy": accuracy,
+    "joint_error": joint_error,
+    "rms_error": rms_error,
 }
 """By the names in `Domain.metrics`: measures of each reconstruction against the truth."""
 
 FORMATS: dict[str, tuple[str, str]] = {
     "psnr": ("PSNR", "{:.2f} dB"),
     "ssim": ("SSIM", "{:.3f}"),
+    "clip_psnr": ("PSNR", "{:.2f} dB"),
+    "clip_ssim": ("SSIM", "{:.3f}"),
     "iou": ("IoU", "{:.3f}"),
     "accuracy": ("accuracy", "{:.3f}"),
+    "joint_error": ("error per joint", "{:.2f} cm"),
+    "rms_error": ("RMS error", "{:.4g}"),
 }
 """By the same names: how they are called and written in tables."""
 

@@ -1,6 +1,5 @@
 """The report of an evaluation: sheets of labelled pictures, and a page of figures with what they mean."""
 
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from distributed_inr.evaluation.metrics import FORMATS
 from distributed_inr.experiment import Experiment
 from distributed_inr.models import LayersOfExperts
 from distributed_inr.models.latent_fitting import MetaLearning
-from distributed_inr.sheets import fit, in_rows, sheet
+from distributed_inr.sheets import fit, in_rows, sheet, titled
 
 _CELL = 128
 
@@ -45,7 +44,7 @@ class Pictures:
             ]
             sheet(
                 [[fit(picture, cell) for picture in row.values()] for row in self.reconstructions],
-                column_titles=[_in_lines(title) for title in titles],
+                column_titles=[titled(title) for title in titles],
             ).save(folder / "reconstructions.png")
             names.append("reconstructions.png")
         for resolution, pictures in self.samples.items():
@@ -200,8 +199,3 @@ def _neighbours(samples: dict[str, Any], pictures: list[str], domain: AnyDomain)
 
 def _show(pictures: list[str], name: str) -> list[str]:
     return [f"![{name.removesuffix('.png')}]({name})", ""] if name in pictures else []
-
-
-def _in_lines(title: str) -> str:
-    """A column's title in lines of about 16 letters."""
-    return "\n".join(textwrap.wrap(title, 18))

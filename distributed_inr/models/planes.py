@@ -73,7 +73,7 @@ class PlaneLayout:
             return stacks[0].unflatten(0, (batch, -1)).flatten(1, 2)
         return torch.cat(self.planes(stacks, batch), dim=2)
 
-    def planes(self, stacks: Sequence[Stack], batch: int) -> list[Float[Tensor, "batch channels height width"]]:
+    def planes(self, stacks: Sequence[Stack], batch: int) -> list[Float[Tensor, "_ _ _ _"]]:
         """Each plane by itself, in the order of `plane_axes`, of whatever resolution the stacks have."""
         parts = {
             size: iter(own.unflatten(0, (batch, -1)).unbind(1))
@@ -82,7 +82,7 @@ class PlaneLayout:
         return [next(parts[size]) for size in self.sizes]
 
 
-def stack(planes: Sequence[Float[Tensor, "batch channels height width"]]) -> list[Stack]:
+def stack(planes: Sequence[Float[Tensor, "_ _ _ _"]]) -> list[Stack]:
     """Planes of one size together, those of the first one's size first."""
     together: dict[torch.Size, list[Tensor]] = {}
     for plane in planes:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from distributed_inr.experiment import Experiment
-from distributed_inr.presets import chinr, ddmi
+from distributed_inr.presets import chinr, ddmi, motions, shapes
 
 PRESETS: Mapping[str, Mapping[str, Callable[[], Experiment]]] = MappingProxyType(
-    {"ddmi": ddmi.PRESETS, "chinr": chinr.PRESETS}
+    {"ddmi": ddmi.PRESETS | shapes.DDMI | motions.DDMI, "chinr": chinr.PRESETS | shapes.CHINR | motions.CHINR}
 )
 """By family, then by name."""

@@ -98,17 +98,18 @@ def described(items: list[Item], root: Path, metadata: Path | None) -> list[Item
     by_name = {item.name: i for i, item in enumerate(items)} | {item.key: i for i, item in enumerate(items)}
     missing: list[str] = []
     for row in table:
+        names = [str(row["key"])] if "key" in row else []  # of what was made of the file that it also names, perhaps
         if "file_name" in row:
             path = Path(os.path.normpath(place.parent / row["file_name"]))
-            if not path.is_relative_to(root):
+            if path.is_relative_to(root):
+                names.insert(0, path.relative_to(root).as_posix())
+            elif not any(name in by_name for name in names):
                 continue  # the file lies beside a folder that also holds other things
-            name = path.relative_to(root).as_posix()
+        number = next((by_name[name] for name in names if name in by_name), None)
+        if number is None:
+            missing.append(names[0])
         else:
-            name = str(row["key"])
-        if name not in by_name:
-            missing.append(name)
-            continue
-        found[by_name[name]] = with_row(found[by_name[name]], row)
+            found[number] = with_row(found[number], row)
     refuse_missing(missing, place, root)
     return found
 

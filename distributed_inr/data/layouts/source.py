@@ -11,6 +11,10 @@ Layout = Callable[[Path, Path | None, Any], list[Item]]
 """From a folder, a caption file or none, and the form, to what there is."""
 
 
+def _none(form: Any) -> int:
+    return 0
+
+
 def _nothing(items: Sequence[Item], form: Any) -> dict[str, Any]:
     return {}
 
@@ -25,6 +29,7 @@ class Source:
         form: a dataclass of `raw.option` fields: how they are brought to one kind of record.
         convert: what `Item.load` gives, and the form, to a record's members. Raises ValueError where it cannot be used.
         statistics: of the training items, what the set's protocol must say beside the plan.
+        overlap: for a form, how many items after one share a part of it, as windows of one recording do.
         noun: what one of them is called.
         files: suffixes, for messages.
     """
@@ -37,3 +42,4 @@ class Source:
     files: tuple[str, ...]
     splits: Mapping[str, str] = field(default_factory=dict)
     statistics: Callable[[Sequence[Item], Any], dict[str, Any]] = _nothing
+    overlap: Callable[[Any], int] = _none

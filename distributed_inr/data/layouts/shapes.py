@@ -1,0 +1,241 @@
+"""The ways in which raw shapes lie on disks: mesh files, voxel grids, and the sets of Occupancy Networks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from distributed_inr.data.layouts.item import Item, Part, described, item_of, walk, with_class
+from distributed_inr.data.layouts.source import Source
+from distributed_inr.raw import meshes
+from distributed_inr.raw.arrays import BITS, FLOATS, INTEGERS, TEXT, Archive, read_npy, write_npy
+from distributed_inr.raw.meshes import MESH_SUFFIXES, Form
+
+_GRID_SUFFIXES = (".npy", ".npz")
+_LISTS: dict[str, Part] = {"train.lst": "train", "val.lst": "val", "test.lst": "val"}
+_CELLS = (*BITS, *INTEGERS, *FLOATS)
+_CUBE = 1.1
+"""Side of the cube that Occupancy Networks draw points from: a unit cube and a tenth."""
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Cells [x, y, z], as voxel files have them."""
+
+    occupied: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Mesh:
+    content: bytes
+    suffix: str
+
+
+@dataclass(frozen=True)
+class _Queried:
+    points: np.ndarray
+    occupied: np.ndarray
+    surface: np.ndarray
+
+
+def mesh_files(root: Path, metadata: Path | None, form: Form) -> list[Item]:
+    """Any tree of mesh files; captions from metadata.jsonl, or the first folder's name as class and caption."""
+
+    def load(item: Item) -> Callable[[], _Mesh]:
+        suffix = Path(item.name).suffix
+        return lambda: _Mesh(item.load(), suffix)
+
+    return described([replace(item, load=load(item)) for item in walk(root, MESH_SUFFIXES)], root, metadata)
+
+
+def voxels(root: Path, metadata: Path | None, form: Form) -> list[Item]:
+    """Cubic grids [x, y, z]: a .npy or .npz file each, or a .npz of many in `occupancy` (bits may be packed) with
+    `keys`; captions as for mesh-files.
+    """
+    found: list[Item] = []
+    for item in walk(root, _GRID_SUFFIXES):
+        path = root / item.name
+        try:
+            archive = Archive(path.read_bytes()) if path.suffix == ".npz" else ()
+            keys = (
+                [str(key) for key in archive.read("keys", TEXT)]
+                if isinstance(archive, Archive) and "keys" in archive
+                else []
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; restore it, or move it out of the folder") from None
+        if not keys:
+            found.append(replace(item, load=_OneGrid(path)))
+            continue
+        many = _ManyGrids(path)
+        for number, key in enumerate(keys):
+            load = _Numbered(many, number)
+            key = (Path(item.name).parent / key).as_posix()
+            found.append(Item(key, f"{item.name}#{key}", load, item.size // len(keys), unit=key, part=item.part))
+    return described(found, root, metadata)
+
+
+def occupancy_networks(root: Path, metadata: Path | None, form: Form) -> list[Item]:
+    """As Occupancy Networks distribute ShapeNet: a folder per class, in it a folder per model with points.npz and
+    pointcloud.npz, and train.lst, val.lst, test.lst; names of classes in metadata.yaml.
+    """
+    import yaml
+
+    names: dict[str, str] = {}
+    if (root / "metadata.yaml").is_file():
+        known = yaml.safe_load((root / "metadata.yaml").read_text())
+        names = {key: str(value["name"]).split(",")[0] for key, value in known.items()}
+    found: list[Item] = []
+    for folder in sorted(path.parent.parent for path in root.glob("*/*/points.npz")):
+        if found and found[-1].key.split("/")[0] == folder.name:
+            continue
+        parts: dict[str, Part] = {}
+        for name, part in _LISTS.items():
+            if (folder / name).is_file():
+                parts |= dict.fromkeys((folder / name).read_text().split(), part)
+        models = sorted(path.parent for path in folder.glob("*/points.npz"))
+        if parts:
+            models = [model for model in models if model.name in parts]
+            missing = sorted(parts.keys() - {model.name for model in models})
+            if missing:
+                raise ValueError(f"{folder}: {len(missing)} listed models have no points.npz, first {missing[0]}")
+        for model in models:
+            item = item_of(root, model / "points.npz")
+            item = replace(
+                item,
+                key=f"{folder.name}/{model.name}",
+                unit=f"{folder.name}/{model.name}",
+                load=_QueriedFiles(model),
+                part=parts.get(model.name),
+            )
+            found.append(with_class(item, names.get(folder.name, folder.name)))
+    return found
+
+
+def _convert(content: _Grid | _Mesh | _Queried, form: Form) -> dict[str, bytes]:
+    if isinstance(content, _Queried):
+        return _convert_queried(content, form)
+    if isinstance(content, _Mesh):
+        mesh = meshes.read_mesh(content.content, content.suffix, max_faces=form.max_faces)
+        mesh = meshes.normalised(mesh, fill=form.fill)
+        occupied = meshes.solid(mesh, form.resolution, close=form.close)
+        triangles = mesh.vertices[mesh.faces]
+    else:
+        occupied = content.occupied.transpose(2, 1, 0)
+        if set(occupied.shape) != {form.resolution}:
+            shape = " x ".join(map(str, content.occupied.shape))
+            raise ValueError(f"a grid of {shape} cells, --resolution {form.resolution}; give its own, which is cubic")
+        if occupied.all() or not occupied.any():
+            raise ValueError(f"all of its cells are {'inside' if occupied.all() else 'outside'}: it has no surface")
+        vertices, faces = meshes.from_grid(occupied.astype(np.float32))
+        triangles = vertices[faces]
+    if not occupied.any():
+        raise ValueError("none of its cells is inside; a larger --resolution may find some")
+    surface = meshes.points_on(triangles, form.points).astype(np.float16)
+    return {"occupancy.npy": meshes.pack(occupied), "surface.npy": write_npy(surface)}
+
+
+def _convert_queried(content: _Queried, form: Form) -> dict[str, bytes]:
+    if len(content.points) < form.queries:
+        raise ValueError(f"{len(content.points)} queried points, --queries {form.queries}; ask for so many or fewer")
+    generator = np.random.default_rng(0)
+    chosen = generator.permutation(len(content.points))[: form.queries]
+    seen = generator.permutation(len(content.surface))[: form.points]
+    rows = np.concatenate([content.points[chosen], content.occupied[chosen, None]], axis=1)
+    if not 0 < content.occupied.mean() < 1:
+        raise ValueError(f"all of its points are {'inside' if content.occupied.all() else 'outside'}")
+    return {"queries.npy": write_npy(rows.astype(np.float16)), "surface.npy": write_npy(content.surface[seen])}
+
+
+@dataclass(frozen=True)
+class _OneGrid:
+    path: Path
+
+    def __call__(self) -> _Grid:
+        content = self.path.read_bytes()
+        if self.path.suffix == ".npy":
+            values = read_npy(content, _CELLS)
+        else:
+            archive = Archive(content)
+            if len(archive.names) != 1:
+                raise ValueError(
+                    f"it holds {', '.join(archive.names) or 'nothing'}; expected one grid, or occupancy and keys"
+                )
+            values = archive.read(archive.names[0], _CELLS)
+        if values.ndim != 3:
+            raise ValueError(f"an array of shape {values.shape}; expected [x, y, z]")
+        return _Grid(_occupied(values))
+
+
+class _ManyGrids:
+    """The grids of one file, read when the first is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values: np.ndarray | None = None
+
+    def grid(self, number: int) -> _Grid:
+        if self.values is None:
+            archive = Archive(self.path.read_bytes())
+            if "occupancy" not in archive:
+                raise ValueError("it has keys but no occupancy")
+            self.values = archive.read("occupancy", _CELLS)
+        values = self.values[number]
+        if values.ndim == 1:  # packed bits
+            side = round((8 * values.size) ** (1 / 3))
+            if side**3 != 8 * values.size or values.dtype != np.uint8:
+                raise ValueError(f"{values.size} bytes of packed bits are no cube of cells")
+            return _Grid(np.unpackbits(values).reshape((side,) * 3).astype(bool))
+        return _Grid(_occupied(values))
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    many: _ManyGrids
+    number: int
+
+    def __call__(self) -> _Grid:
+        return self.many.grid(self.number)
+
+
+@dataclass(frozen=True)
+class _QueriedFiles:
+    folder: Path
+
+    def __call__(self) -> _Queried:
+        try:
+            queried, cloud = (Archive((self.folder / name).read_bytes()) for name in ("points.npz", "pointcloud.npz"))
+        except OSError as error:
+            raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
+        if not {"points", "occupancies"} <= set(queried.names) or "points" not in cloud:
+            raise ValueError("points.npz must have points and occupancies, pointcloud.npz points")
+        points, occupied = queried.read("points"), queried.read("occupancies", _CELLS)
+        surface = cloud.read("points")
+        if occupied.dtype == np.uint8 and len(occupied) == -(-len(points) // 8):
+            occupied = np.unpackbits(occupied, count=len(points))
+        if len(occupied) != len(points) or points.shape[1:] != (3,) or surface.shape[1:] != (3,):
+            raise ValueError(
+                f"points of shape {points.shape} with {len(occupied)} occupancies; expected three numbers each"
+            )
+        scale = 2 / _CUBE
+        surface = (surface.astype(np.float64) * scale).astype(np.float16)
+        if not (np.isfinite(points).all() and np.isfinite(surface).all()):
+            raise ValueError("points that are not finite")
+        return _Queried(points.astype(np.float64) * scale, occupied.astype(np.float64), surface)
+
+
+def _occupied(values: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise ValueError("values that are not finite")
+    return values > 0.5
+
+
+SHAPES = Source(
+    domain="shape",
+    layouts={"mesh-files": mesh_files, "voxels": voxels, "occupancy-networks": occupancy_networks},
+    form=Form,
+    convert=_convert,
+    noun="shape",
+    files=(*MESH_SUFFIXES, *_GRID_SUFFIXES),
+)

@@ -1,0 +1,398 @@
+"""Scenes: functions of space and direction to density and colour, measured by the rays of posed views."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import pydantic
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from PIL import Image as PillowImage
+from torch import Tensor
+from tqdm import tqdm
+
+from distributed_inr import randomness
+from distributed_inr.config import config, override
+from distributed_inr.domains import rays
+from distributed_inr.domains.domain import Domain, Queries, Record, Signal, caption, collate
+from distributed_inr.domains.image import downscale, to_pillow
+from distributed_inr.field import Field
+from distributed_inr.raw import arrays, clips, posed_views, view_folders
+from distributed_inr.raw.posed_views import CAMERA_DIM, Ground
+
+Views = Float[Tensor, "batch views 3 height width"]
+
+_THUMBNAIL = 32
+"""Pixels a side of a view when scenes are compared with training scenes."""
+_ORBIT_RADIUS, _ORBIT_ANGLE = 2.2, 0.9
+"""Of rendered orbits: the unit sphere fills the picture."""
+_FRAME_RATE = 12.0
+_MAX_POINTS = 1_000_000
+_VIDEO_SUFFIXES = (".mp4", ".webm", ".gif", ".webp")
+
+
+@config
+class Scene(Domain):
+    """Radiance fields of objects inside the unit sphere, z up, with `ground` behind them.
+
+    The field's four values are density and colour before their activations: the density is
+    `density_scale` * softplus(value + `density_bias`) for each unit of length, the colour a sigmoid. Renderings are
+    views [batch, views, 3, height, width] in [0, 1].
+    """
+
+    kind: Literal["scene"] = "scene"
+    size: Annotated[int, pydantic.Field(gt=0)] = 64
+    """Base resolution: pixels a side of rendered views."""
+    cells: Annotated[int, pydantic.Field(gt=0)] = 64
+    """Cells a side of the planes that an encoder pools points into."""
+    view_size: Annotated[int, pydantic.Field(gt=0)] = 64
+    """Pixels a side of the views in the shards; rays are drawn from them."""
+    num_views: Annotated[int, pydantic.Field(gt=1)] = 24
+    """Views of each object: so many of those in the shards, evenly spaced."""
+    hold_out_every: Annotated[int, pydantic.Field(gt=1)] = 6
+    """Keep every so many-th view of each object from training; reconstructions are measured on these."""
+    num_points: Annotated[int, pydantic.Field(gt=0)] = 2048
+    """Coloured points that the encoder sees, drawn from those in the shards."""
+    point_noise: Annotated[float, pydantic.Field(ge=0)] = 0.005
+    """Standard deviation of the noise added to the points' places."""
+    ground: Ground = "white"
+    """What is seen where nothing is: of the views in the shards, and of renderings."""
+    bounds: rays.Bounds = "sphere"
+    """Where along rays the field is asked: inside the unit sphere, or inside [-1, 1]^3."""
+    samples_per_ray: Annotated[int, pydantic.Field(gt=0)] = 32
+    """Steps of a ray in training and fitting, each asked at a random depth in training."""
+    render_samples: Annotated[int, pydantic.Field(gt=0)] = 64
+    """Steps of a ray in renderings."""
+    object_share: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.5
+    """Of the rays drawn in training, the share that is drawn from pixels that do not show the ground; the others come
+    from all pixels. The loss is the mean over such rays, not over pixels: the object, often a tenth of the picture,
+    weighs more."""
+    fit_rays: Annotated[int, pydantic.Field(gt=0)] = 2048
+    """Rays of the training views that a latent is fitted to where an encoder is an optimisation; the same for all."""
+    density_scale: Annotated[float, pydantic.Field(gt=0)] = 20.0
+    """Density for each unit of the activated value. Large, because the object's walls are thin: a density of 50 lets a
+    third of the light through a wall of 0.02."""
+    density_bias: float = -3.0
+    """Added to the value before its activation; at -3, a field of zeros is a mist that hides most of what is behind."""
+    orbit_views: Annotated[int, pydantic.Field(gt=1)] = 48
+    """Frames of a film once around the object."""
+    orbit_elevation: Annotated[float, pydantic.Field(gt=-90, lt=90)] = 25.0
+    """Degrees above the ground from which films look, and renderings where the training set's cameras differ."""
+    cameras: tuple[tuple[float, ...], ...] = ()
+    """Cameras of renderings, 20 numbers each; empty takes the set's held-out ones where its objects share them, else a
+    few of an orbit."""
+
+    coord_dim: ClassVar[int] = 3
+    value_dim: ClassVar[int] = 4
+    view_dim: ClassVar[int] = 3
+    num_unviewed: ClassVar[int] = 1
+    value_span: ClassVar[float] = 1.0
+    input_kind: ClassVar[str] = "points"
+    input_dim: ClassVar[int] = 6
+    metrics: ClassVar[tuple[str, ...]] = ("clip_psnr", "clip_ssim")
+    noun: ClassVar[str] = "scene"
+    suffix: ClassVar[str] = ".mp4"
+    unit: ClassVar[str] = "px"
+    fine: ClassVar[int] = 2
+    max_resolution: ClassVar[int] = 4096
+
+    def __post_init__(self) -> None:
+        if self.view_size < self.size:
+            raise ValueError(
+                f"domain.view_size={self.view_size} is smaller than domain.size={self.size}; pixels are never "
+                "invented: prepare larger views or lower domain.size"
+            )
+        if any(len(camera) != CAMERA_DIM for camera in self.cameras):
+            raise ValueError(f"domain.cameras has cameras that are not {CAMERA_DIM} numbers; leave it empty")
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.cells, self.cells, self.cells
+
+    @property
+    def ground_level(self) -> float:
+        return 1.0 if self.ground == "white" else 0.0
+
+    def read(self, record: Record, seed: int) -> Signal:
+        return self._read(record, seed, self.num_views)
+
+    def open(self, path: Path) -> Signal:
+        """A folder of views with their cameras: transforms.json (nerfstudio, instant-ngp) or SRN."""
+        form = posed_views.Form(size=self.view_size, ground=self.ground, hold_out_every=self.hold_out_every)
+        if not path.is_dir():
+            raise ValueError(f"{path} is not a folder; give one of views, with transforms.json or SRN's intrinsics.txt")
+        try:
+            record = {"__key__": path.name, **posed_views.encode(view_folders.read_folder(path, form.max_views), form)}
+        except ValueError as error:
+            raise ValueError(f"{path} is not a usable scene: {error}") from None
+        return collate([self._read(record, 0, None)])
+
+    def _read(self, record: Record, seed: int, num_views: int | None) -> Signal:
+        """One record with as many of its views; None takes all."""
+        key = record["__key__"]
+        cameras, points = _array(record, "cameras.npy", CAMERA_DIM), _array(record, "points.npy", 6)
+        try:
+            posed_views.check_cameras(cameras)
+        except ValueError as error:
+            raise ValueError(f"{key}.cameras.npy: {error}") from None
+        num_views = len(cameras) if num_views is None else num_views
+        if len(cameras) < num_views:
+            raise ValueError(f"{key}: {len(cameras)} views, domain.num_views={num_views}; lower the option")
+        views = _decode_views(record, len(cameras), self.view_size)
+        chosen, own = view_folders.evenly(len(views), num_views), torch.tensor([seed])
+        order = randomness.uniform(own, "points", (len(points),))[0].argsort()
+        drawn = torch.from_numpy(points)[order.repeat(-(-self.num_points // len(order)))[: self.num_points]]
+        noise = randomness.normal(own, "point noise", (self.num_points, 3))[0] * self.point_noise
+        return Signal(
+            key=key,
+            seed=own[0],
+            position=torch.tensor(0),
+            inputs=torch.cat([drawn[:, :3] + noise, drawn[:, 3:]], dim=1),
+            targets={"views": views[chosen], "cameras": torch.from_numpy(cameras)[chosen]},
+            text=caption(record),
+        )
+
+    def blank(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        views = torch.zeros(count, self.num_views, 3, self.view_size, self.view_size, dtype=torch.uint8)
+        cameras = rays.orbit(self.num_views, elevation=0.0, radius=_ORBIT_RADIUS, angle=_ORBIT_ANGLE)
+        return torch.zeros(count, self.num_points, 6), {"views": views, "cameras": cameras.repeat(count, 1, 1)}
+
+    def settle(self, protocol: Mapping[str, Any]) -> Domain:
+        """Render from the held-out cameras, where all training objects share them. Refuses a set of another ground."""
+        shared, form = protocol.get("cameras"), protocol.get("form") or {}
+        if (ground := form.get("ground", self.ground)) != self.ground:
+            raise ValueError(f"domain.ground={self.ground}, but the set's views lie on {ground}; set it to {ground}")
+        if self.cameras or not shared:
+            return self
+        own = [shared[i] for i in view_folders.evenly(len(shared), self.num_views)]
+        return override(self, {"cameras": [own[i] for i in posed_views.held_out(len(own), self.hold_out_every)]})
+
+    @property
+    def num_copies(self) -> int:
+        return 1
+
+    def copies(self, signal: Signal) -> tuple[Signal, ...]:
+        return (signal,)
+
+    # Measuring
+
+    def supervise(self, signal: Signal, count: int) -> tuple[Queries, Float[Tensor, "batch rays 3"]]:
+        """Rays of the training views, each asked at random depths, one in each step."""
+        origins, directions, colours = self._draw(signal, signal.seed, count)
+        near, far = rays.interval(origins, directions, self.bounds)
+        within = randomness.uniform(signal.seed, "depths", (count, self.samples_per_ray))
+        return Queries(origins, directions, rays.depths_between(near, far, within)), colours
+
+    def measurements(self, signal: Signal, count: int | None = None) -> tuple[Queries, Float[Tensor, "batch rays 3"]]:
+        """Rays of the training views, asked in the middles of their steps. All would be too many to hold: None takes
+        `fit_rays`, chosen as in training but not by the sample's seed.
+        """
+        seeds = torch.zeros_like(signal.seed) if count is None else signal.seed
+        origins, directions, colours = self._draw(signal, seeds, self.fit_rays if count is None else count)
+        return Queries(origins, directions), colours
+
+    def _draw(self, signal: Signal, seeds: Int64[Tensor, " batch"], count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Origins, directions and colours of `count` rays of the training views of each signal."""
+        views, cameras = self._views(signal, held_out=False)
+        side, pixels = views.shape[-1], views.movedim(2, -1).flatten(1, 3)  # [batch, views * side^2, 3]
+        total, num_of_object = pixels.shape[1], round(self.object_share * count)
+        place = randomness.integers(seeds, "rays", (count,), total)
+        if num_of_object:
+            ranks = (pixels != round(255 * self.ground_level)).any(-1).cumsum(1)
+            # In whole numbers: there are more pixels than float32's 24 bits tell apart evenly.
+            wanted = randomness.integers(seeds, "object rays", (num_of_object,), 2**31) * ranks[:, -1:] >> 31
+            found = torch.searchsorted(ranks, wanted + 1)
+            some = ranks[:, -1:] > 0  # of views that are all ground, any pixels are as good
+            place = torch.cat([torch.where(some, found, place[:, :num_of_object]), place[:, num_of_object:]], dim=1)
+
+        colours = pixels.gather(1, place[..., None].expand(-1, -1, 3)).float() / 255
+        camera = cameras.gather(1, (place // side**2)[..., None].expand(-1, -1, CAMERA_DIM))
+        row, column = place // side % side, place % side
+        origins, directions = rays.camera_rays(camera, (torch.stack([column, row], dim=-1) + 0.5) / side)
+        return origins, directions, colours
+
+    def _views(self, signal: Signal, *, held_out: bool) -> tuple[Tensor, Tensor]:
+        """The held-out or the training views [batch, views, 3, side, side], and their cameras."""
+        assert isinstance(signal.targets, dict)
+        views, cameras = signal.targets["views"], signal.targets["cameras"]
+        kept = posed_views.held_out(views.shape[1], self.hold_out_every)
+        chosen = kept if held_out else [i for i in range(views.shape[1]) if i not in kept]
+        return views[:, chosen], cameras[:, chosen]
+
+    def observe(self, field: Field, queries: Queries) -> Float[Tensor, "batch rays 3"]:
+        """The colours of rays (volume rendering)."""
+        assert queries.view is not None
+        near, far = rays.interval(queries.coords, queries.view, self.bounds)
+        depths = rays.middles(near, far, self.samples_per_ray) if queries.depths is None else queries.depths
+        density, colours = self._ask(field, queries.coords, queries.view, depths)
+        return rays.composite(density, colours, (far - near) / depths.shape[-1], self.ground_level)
+
+    def _ask(
+        self, field: Field, origins: Tensor, directions: Tensor, depths: Float[Tensor, "batch rays steps"]
+    ) -> tuple[Float[Tensor, "batch rays steps"], Float[Tensor, "batch rays steps 3"]]:
+        """Density and colour at depths along rays."""
+        places = origins[:, :, None] + directions[:, :, None] * depths[..., None]
+        view = directions[:, :, None].expand_as(places).flatten(1, 2)
+        # Rays that miss the bounds are asked outside of them; their steps have no length.
+        values = field(places.clamp(-1, 1).flatten(1, 2), view).unflatten(1, depths.shape[1:])
+        return self.density(values[..., 0]), values[..., 1:].sigmoid()
+
+    def density(self, value: Tensor) -> Tensor:
+        """Density for each unit of length, of the field's first value."""
+        return self.density_scale * F.softplus(value + self.density_bias)
+
+    def nll(self, observed: Tensor, values: Tensor) -> Float[Tensor, " batch"]:
+        return 0.5 * (observed - values).square().mean(dim=(1, 2))
+
+    # Looking
+
+    def render(
+        self,
+        field: Field,
+        resolution: int,
+        *,
+        cameras: Float[Tensor, "batch views 20"] | Float[Tensor, "views 20"] | None = None,
+        chunk_points: int = 1 << 18,
+    ) -> Views:
+        """Views of any resolution from any cameras. `chunk_points` bounds the memory: points asked at once."""
+        cameras = self._cameras_for(field, cameras)
+        found = torch.empty(len(field), cameras.shape[1] * resolution**2, 3, device=field.device)
+        for part, density, colours, _, length in self._march(field, cameras, resolution, chunk_points):
+            found[:, part] = rays.composite(density, colours, length, self.ground_level)
+        return found.clamp(0, 1).unflatten(1, (-1, resolution, resolution)).movedim(-1, 2).contiguous()
+
+    def depth(
+        self,
+        field: Field,
+        resolution: int,
+        *,
+        cameras: Float[Tensor, "batch views 20"] | Float[Tensor, "views 20"] | None = None,
+        chunk_points: int = 1 << 18,
+    ) -> Float[Tensor, "batch views resolution resolution"]:
+        """How far each pixel's ray goes on average, in units of the unit sphere; where it meets nothing, to its end."""
+        cameras = self._cameras_for(field, cameras)
+        found = torch.empty(len(field), cameras.shape[1] * resolution**2, device=field.device)
+        for part, density, _, near, length in self._march(field, cameras, resolution, chunk_points):
+            found[:, part] = rays.expected_depth(density, near, length)
+        return found.unflatten(1, (-1, resolution, resolution))
+
+    def _cameras_for(self, field: Field, cameras: Tensor | None) -> Float[Tensor, "batch views 20"]:
+        if cameras is None:
+            count = len(posed_views.held_out(self.num_views, self.hold_out_every))
+            cameras = torch.tensor(self.cameras) if self.cameras else self.orbit(count)
+        return cameras.to(field.device).expand(len(field), -1, -1)
+
+    def orbit(self, count: int) -> Float[Tensor, "count 20"]:
+        """Cameras once around the object."""
+        return rays.orbit(count, elevation=self.orbit_elevation, radius=_ORBIT_RADIUS, angle=_ORBIT_ANGLE)
+
+    def film(self, field: Field, resolution: int) -> Views:
+        """Views once around each object."""
+        return self.render(field, resolution, cameras=self.orbit(self.orbit_views))
+
+    def _march(
+        self, field: Field, cameras: Float[Tensor, "batch views 20"], resolution: int, chunk_points: int
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+        """Of each piece of the views' rays: its place, densities, colours, near, and a step's length."""
+        total = cameras.shape[1] * resolution**2
+        step = max(1, chunk_points // (len(field) * self.render_samples))
+        with tqdm(total=total, desc="views", unit="ray", unit_scale=True, delay=3, disable=None, leave=False) as bar:
+            for start in range(0, total, step):
+                place = torch.arange(start, min(start + step, total), device=field.device)
+                row, column = place // resolution % resolution, place % resolution
+                camera = cameras[:, place // resolution**2]
+                places = ((torch.stack([column, row], dim=-1) + 0.5) / resolution).expand(len(field), -1, -1)
+                origins, directions = rays.camera_rays(camera, places)
+                near, far = rays.interval(origins, directions, self.bounds)
+                depths = rays.middles(near, far, self.render_samples)
+                density, colours = self._ask(field, origins, directions, depths)
+                yield slice(start, start + len(place)), density, colours, near, (far - near) / self.render_samples
+                bar.update(len(place))
+
+    def truth(self, signal: Signal) -> Views:
+        """The held-out views."""
+        return self._at_base(self._views(signal, held_out=True)[0])
+
+    def _at_base(self, views: UInt8[Tensor, "batch views 3 side side"]) -> Views:
+        return ((downscale(views.flatten(0, 1), self.size) + 1) / 2).unflatten(0, views.shape[:2])
+
+    def reproduce(self, field: Field, signal: Signal) -> Views:
+        return self.render(field, self.size, cameras=self._views(signal, held_out=True)[1])
+
+    def enlarge(self, rendered: Tensor, resolution: int) -> Tensor:
+        """Bicubic, each view."""
+        size = (resolution, resolution)
+        larger = F.interpolate(rendered.flatten(0, 1), size=size, mode="bicubic", align_corners=False).clamp(0, 1)
+        return larger.unflatten(0, rendered.shape[:2])
+
+    def naive(self, signal: Signal, *, numbers: int) -> dict[str, Tensor]:
+        """The scene's own training views in place of the held-out ones: the one whose camera is nearest, and the mean.
+
+        They are not made from `numbers` numbers: they need all the views.
+        """
+        views, cameras = self._views(signal, held_out=False)
+        _, wanted = self._views(signal, held_out=True)
+        own, others = (c[..., [3, 7, 11]] for c in (wanted, cameras))  # places
+        nearest = torch.cdist(own, others).argmin(2)
+        seen = self._at_base(views)
+        chosen = seen.gather(1, nearest[:, :, None, None, None].expand(-1, -1, *seen.shape[2:]))
+        mean = seen.mean(1, keepdim=True).expand_as(chosen)
+        return {"its nearest training view": chosen, "the mean of its training views": mean}
+
+    def pictures(self, rendered: Tensor) -> Tensor:
+        """The views beside each other, in rows of at most eight."""
+        batch, count, _, height, width = rendered.shape
+        columns = math.ceil(count / math.ceil(count / 8))
+        missing = -count % columns
+        if missing:
+            empty = rendered.new_full((batch, missing, 3, height, width), self.ground_level)
+            rendered = torch.cat([rendered, empty], dim=1)
+        rows = rendered.unflatten(1, (-1, columns)).permute(0, 3, 1, 4, 2, 5)
+        return rows.reshape(batch, 3, -1, columns * width)
+
+    def shown(self, signal: Signal) -> dict[str, Tensor]:
+        """Four of the training views, and the held-out ones."""
+        views, _ = self._views(signal, held_out=False)
+        chosen = self._at_base(views[:, view_folders.evenly(views.shape[1], 4)])
+        return {"seen": self.pictures(chosen)[0], f"not seen, {self.size} px": self.pictures(self.truth(signal))[0]}
+
+    def thumbnails(self, rendered: Tensor) -> Tensor:
+        side = min(_THUMBNAIL, rendered.shape[-1])
+        views = rendered.flatten(0, 1)
+        if side < rendered.shape[-1]:
+            views = F.interpolate(views, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        return views.unflatten(0, rendered.shape[:2]).flatten(1)
+
+    def save(self, rendered: Float[Tensor, "views 3 height width"], path: Path) -> None:
+        """The views one after the other as a video (.mp4, .webm, .gif, .webp), or beside each other as .png."""
+        suffix = path.suffix.lower()
+        if suffix == ".png":
+            to_pillow(self.pictures(rendered[None])[0]).save(path)
+        elif suffix in _VIDEO_SUFFIXES:
+            frames = (rendered.clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+            clips.write(frames, path, rate=_FRAME_RATE)
+        else:
+            raise ValueError(f"{path.name}: views are written as .png, {', '.join(_VIDEO_SUFFIXES)}; use one of these")
+
+
+def _decode_views(record: Record, count: int, size: int) -> UInt8[Tensor, "count 3 size size"]:
+    """The views of a record, which is one picture. Raises ValueError naming the key when it cannot be decoded."""
+    try:
+        views = posed_views.decode_views(record["views.webp"], count=count, size=size)
+    except (OSError, SyntaxError, ValueError, KeyError, PillowImage.DecompressionBombError) as error:
+        raise ValueError(f"{record['__key__']}.views.webp: cannot be decoded: {error}") from None
+    return torch.from_numpy(views).movedim(-1, 1).contiguous()
+
+
+def _array(record: Record, name: str, dim: int) -> np.ndarray:
+    """A float array [rows, dim] of a record. Raises ValueError naming the key when it is not one."""
+    try:
+        found = arrays.read_npy(record[name], max_bytes=_MAX_POINTS * dim * 8)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{record['__key__']}.{name}: cannot be decoded: {error}") from None
+    if found.ndim != 2 or found.shape[1] != dim or len(found) < 1 or not np.isfinite(found).all():
+        raise ValueError(f"{record['__key__']}.{name}: {found.shape}, expected finite numbers [rows, {dim}]")
+    return found.astype(np.float32)

@@ -1,0 +1,356 @@
+"""Preparing scenes: nerfstudio and SRN folders, points and visual hulls, and mistakes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_scenes import ARMS, FOCAL, THICK, boxes, look_from, picture, ply, poses, surface, write_srn, write_transforms
+from tiny_sets import by_key
+
+from distributed_inr.data.layouts import SOURCES
+from distributed_inr.data.prepare import Plan, Prepared, prepare_set
+from distributed_inr.domains.domain import Record
+from distributed_inr.domains.scene import Scene
+from distributed_inr.raw import view_folders, visual_hull
+from distributed_inr.raw.arrays import read_npy
+from distributed_inr.raw.posed_views import Form, decode_views, encode, held_out, webp
+
+FORM = Form(size=32, num_points=1000, hold_out_every=4)
+DOMAIN = Scene(size=32, view_size=32, num_views=12, hold_out_every=4, num_points=600, point_noise=0.0)
+
+
+def prepare(raw: Path, out: Path, layout: str = "transforms", form: Form = FORM, **more: object) -> Prepared:
+    plan = Plan(domain="scene", layout=layout, form=form, **{"split": "none", **more})  # type: ignore[arg-type]
+    return prepare_set(raw, str(out), plan)
+
+
+def expect_arms(record: Record) -> None:
+    """The record's views, cameras and points are those of the object with three arms."""
+    views = decode_views(record["views.webp"], count=12, size=32)
+    assert all(np.array_equal(view, picture(pose, 32)) for view, pose in zip(views, poses(), strict=True))
+    cameras, points = read_npy(record["cameras.npy"]), read_npy(record["points.npy"]).astype(np.float64)
+    expected = np.stack(poses()).reshape(12, 16)
+    np.testing.assert_allclose(cameras[:, :16], expected, atol=1e-6)
+    np.testing.assert_allclose(cameras[:, 16:], np.tile([FOCAL, FOCAL, 0.5, 0.5], (12, 1)), atol=1e-6)
+    assert len(points) == 1000
+    for axis, (length, colour) in ARMS.items():
+        own = np.abs(points[:, 3:] - (np.array(colour) / 127.5 - 1)).max(1) < 0.02
+        assert own.sum() > 200
+        np.testing.assert_allclose(points[own, axis].max(), length, atol=1e-2)
+        np.testing.assert_allclose(np.delete(np.abs(points[own, :3]), axis, axis=1).max(), THICK, atol=1e-2)
+
+
+def test_a_nerfstudio_folder_becomes_views_cameras_and_points(tmp_path: Path):
+    write_transforms(tmp_path / "raw" / "arms")
+    made = prepare(tmp_path / "raw", tmp_path / "out")
+    expect_arms(by_key(made.parts["train"])["arms"])
+
+
+def test_positions_in_other_units_are_scaled(tmp_path: Path):
+    write_transforms(tmp_path / "raw" / "arms", scale=10.0)
+    form = Form(size=32, num_points=1000, scale=0.1)
+    expect_arms(by_key(prepare(tmp_path / "raw", tmp_path / "out", form=form).parts["train"])["arms"])
+    made = encode(
+        view_folders.read_folder(tmp_path / "raw" / "arms", 64), Form(size=32, num_points=1000, fit="cameras")
+    )
+    cameras = read_npy(made["cameras.npy"])
+    radii = np.linalg.norm(cameras[:, [3, 7, 11]], axis=1)
+    np.testing.assert_allclose(radii, 1 / np.sin(np.arctan(0.5 / FOCAL)), rtol=1e-4)
+    with pytest.raises(
+        ValueError, match=r"outside the unit sphere, 99% within 8\S* of the origin; prepare with --scale"
+    ):
+        encode(view_folders.read_folder(tmp_path / "raw" / "arms", 64), Form(size=32))
+
+
+def test_frames_may_have_their_own_intrinsics_and_the_pictures_be_wide(tmp_path: Path):
+    write_transforms(tmp_path / "arms")
+    path = tmp_path / "arms" / "transforms.json"
+    table = json.loads(path.read_text())
+    for frame in table["frames"]:
+        wide = np.full((32, 48, 3), 255, dtype=np.uint8)
+        wide[:, 8:40] = np.array(Image.open(tmp_path / "arms" / frame["file_path"]))
+        Image.fromarray(wide).save(tmp_path / "arms" / frame["file_path"])
+        # Intrinsics of twice the pictures' size, as where pictures were reduced afterwards.
+        frame |= {"fl_x": 2 * FOCAL * 32, "fl_y": 2 * FOCAL * 32, "cx": 48.0, "cy": 32.0, "w": 96, "h": 64}
+    table = {"frames": table["frames"], "ply_file_path": "points.ply", "aabb_scale": 16}
+    path.write_text(json.dumps(table))
+    expect_arms(encode(view_folders.read_folder(tmp_path / "arms", 64), FORM))
+    for frame in table["frames"]:
+        frame["h"] = 96
+    path.write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="the intrinsics are those of 96 x 96 pixels, the pictures have 48 x 32"):
+        encode(view_folders.read_folder(tmp_path / "arms", 64), FORM)
+
+
+def test_an_angle_of_view_stands_for_the_focal_length(tmp_path: Path):
+    write_transforms(tmp_path / "arms")
+    path = tmp_path / "arms" / "transforms.json"
+    table = json.loads(path.read_text())
+    frames = [frame | {"file_path": frame["file_path"].removesuffix(".png")} for frame in table["frames"]]
+    angle = 2 * np.arctan(0.5 / FOCAL)
+    path.write_text(json.dumps({"camera_angle_x": angle, "frames": frames, "ply_file_path": "points.ply"}))
+    expect_arms(encode(view_folders.read_folder(tmp_path / "arms", 64), FORM))
+
+
+def test_an_srn_folder_is_turned_to_opengl_axes_and_scaled_by_two(tmp_path: Path):
+    write_srn(tmp_path / "raw" / "cars_train" / "a1")
+    write_srn(tmp_path / "raw" / "cars_test" / "b2")
+    made = prepare(tmp_path / "raw", tmp_path / "out", "srn", split="auto")
+    assert list(by_key(made.parts["train"])) == ["cars_train/a1"] and list(by_key(made.parts["val"])) == [
+        "cars_test/b2"
+    ]
+    record = by_key(made.parts["train"])["cars_train/a1"]
+    views, cameras = decode_views(record["views.webp"], count=12, size=32), read_npy(record["cameras.npy"])
+    np.testing.assert_allclose(cameras[:, :16], np.stack(poses()).reshape(12, 16), atol=1e-6)
+    assert np.array_equal(views[5], picture(poses()[5], 32))
+    points = read_npy(record["points.npy"]).astype(np.float64)  # carved: no file of points
+    red = points[:, 3] - points[:, 5] > 1
+    assert points[red, 0].mean() > 0.3 and np.abs(points[red, 1:3]).mean() < 0.15
+
+
+def test_fewer_views_are_taken_evenly(tmp_path: Path):
+    write_transforms(tmp_path / "arms")
+    posed = view_folders.read_folder(tmp_path / "arms", 5)
+    assert [file.stem for file in posed.files] == ["000", "002", "004", "007", "009"]
+
+
+def test_many_views_fit_one_picture():
+    generator = np.random.default_rng(0)
+    for count in (2, 5, 12, 50):
+        views = generator.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+        assert np.array_equal(decode_views(webp(views), count=count, size=8), views)
+    with pytest.raises(ValueError, match=r"24 x 24 pixels, where 5 views of domain.view_size=16 are 48 x 32"):
+        decode_views(webp(views[:9]), count=5, size=16)
+
+
+def test_held_out_views_are_every_so_many_th():
+    assert held_out(24, 6) == [5, 11, 17, 23] and held_out(3, 6) == [2]
+
+
+# Captions, splits, shared cameras
+
+
+def test_captions_split_and_shared_cameras(tmp_path: Path):
+    rows = []
+    for number in range(12):
+        write_transforms(tmp_path / "raw" / f"{number:03d}", side=16, count=4)
+        rows.append({"key": f"{number:03d}", "text": f"Thing {number % 6}", "class": "ab"[number % 2]})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    form = Form(size=16, num_points=50)
+    made = prepare(tmp_path / "raw", tmp_path / "out", form=form, split="auto", val_fraction=0.3)
+    train, val = (by_key(made.parts[part]) for part in ("train", "val"))
+    assert made.parts["train"].protocol["split"] == "text"
+    assert not {record["txt"] for record in train.values()} & {record["txt"] for record in val.values()}
+    np.testing.assert_allclose(made.parts["train"].protocol["cameras"], read_npy(train[min(train)]["cameras.npy"]))
+
+    shutil.rmtree(tmp_path / "out")
+    table = json.loads((tmp_path / "raw" / min(train) / "transforms.json").read_text())
+    table["frames"][0]["transform_matrix"] = look_from([0.0, -2.0, 1.0]).tolist()
+    (tmp_path / "raw" / min(train) / "transforms.json").write_text(json.dumps(table))
+    made = prepare(tmp_path / "raw", tmp_path / "out", form=form, split="auto", val_fraction=0.3)
+    assert "cameras" not in made.parts["train"].protocol
+
+
+def test_a_folder_of_one_object_alone_is_a_set_of_one(tmp_path: Path):
+    write_transforms(tmp_path / "arms", side=8, count=4)
+    made = prepare(tmp_path / "arms", tmp_path / "out", form=Form(size=8, num_points=20))
+    assert list(by_key(made.parts["train"])) == ["arms"]
+
+
+def test_metadata_that_names_missing_objects_is_one_clear_line(tmp_path: Path):
+    write_transforms(tmp_path / "raw" / "arms", side=8, count=2)
+    (tmp_path / "metadata.jsonl").write_text('{"key": "gone", "text": "x"}\n')
+    with pytest.raises(ValueError, match=r"metadata.jsonl names 1 files that are not in .*raw, first 'gone'"):
+        prepare(tmp_path / "raw", tmp_path / "out")
+
+
+# Visual hulls
+
+
+def ball_views(count: int = 24, side: int = 64, radius: float = 0.6) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Views, silhouettes and cameras of a ball: red where x > 0, blue elsewhere."""
+    views, masks, cameras = [], [], []
+    for pose in poses(count):
+        rows, columns = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
+        x, y = ((columns + 0.5) / side - 0.5) / FOCAL, -((rows + 0.5) / side - 0.5) / FOCAL
+        directions = x[..., None] * pose[:3, 0] + y[..., None] * pose[:3, 1] - pose[:3, 2]
+        directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+        along = -(directions @ pose[:3, 3])
+        inside = along**2 - pose[:3, 3] @ pose[:3, 3] + radius**2
+        point = pose[:3, 3] + directions * (along - np.sqrt(np.maximum(inside, 0)))[..., None]
+        colour = np.where(point[..., :1] > 0, [255, 0, 0], [0, 0, 255])
+        views.append(np.where(inside[..., None] > 0, colour, 255))
+        masks.append(inside > 0)
+        cameras.append(np.concatenate([pose.flatten(), [FOCAL, FOCAL, 0.5, 0.5]]))
+    return np.stack(views).astype(np.uint8), np.stack(masks), np.stack(cameras)
+
+
+def test_the_visual_hull_of_a_ball_is_the_ball():
+    points = visual_hull.carve(*ball_views(), 4000)
+    assert points is not None
+    radii = np.linalg.norm(points[:, :3], axis=1)
+    assert abs(np.median(radii) - 0.6) < 2 / visual_hull.CELLS and 0.5 < radii.min() and radii.max() < 0.75
+    sure = np.abs(points[:, 0]) > 0.1
+    is_red = points[:, 3] > points[:, 5]
+    assert (is_red == (points[:, 0] > 0))[sure].mean() > 0.97
+    assert np.abs(points[:, 4] + 1).max() < 0.5  # hardly any white of the ground
+
+
+def test_a_surface_is_coloured_by_the_views_that_see_it():
+    """A red plate before a blue one: most views that face the blue one's inner side see the red one there."""
+    corner = np.array([0.5, 0.08, 0.5])
+    red, blue = np.array([255.0, 0.0, 0.0]), np.array([0.0, 0.0, 255.0])
+    shapes = [(np.array([0, y, 0]) - corner, np.array([0, y, 0]) + corner, c) for y, c in ((-0.3, red), (0.3, blue))]
+    views = np.stack([picture(pose, 64, shapes=shapes) for pose in poses(30)])
+    cameras = np.stack([np.concatenate([pose.flatten(), [FOCAL, FOCAL, 0.5, 0.5]]) for pose in poses(30)])
+    points = visual_hull.carve(views, (views != 255).any(3), cameras, 6000)
+    assert points is not None
+    inner = (np.abs(points[:, [0, 2]]) < 0.4).all(1) & (np.abs(points[:, 1] - 0.22) < 0.06)
+    assert inner.sum() > 100
+    assert (points[inner, 5] > points[inner, 3]).mean() > 0.9
+
+
+def test_what_no_silhouette_holds_is_no_hull():
+    views, masks, cameras = ball_views(6)
+    assert visual_hull.carve(views, np.zeros_like(masks), cameras, 10) is None
+
+
+@pytest.mark.parametrize("alpha", [True, False])
+def test_views_without_points_are_carved(tmp_path: Path, alpha: bool):
+    write_transforms(tmp_path / "arms", points=False, side=48, count=24, alpha=alpha)
+    made = encode(view_folders.read_folder(tmp_path / "arms", 64), Form(size=48, num_points=2000))
+    points = read_npy(made["points.npy"]).astype(np.float64)
+    near = [((points[:, :3] > low - 0.06) & (points[:, :3] < high + 0.06)).all(1) for low, high, _ in boxes()]
+    assert np.any(near, axis=0).mean() > 0.9
+    for axis, (own, (_, _, colour)) in enumerate(zip(near, boxes(), strict=True)):
+        own &= points[:, axis] > THICK + 0.1  # away from the other arms
+        assert own.sum() > 100
+        assert (points[own, 3:].argmax(1) == colour.argmax()).mean() > 0.95
+
+
+def test_views_that_show_no_ground_are_refused_with_the_remedy(tmp_path: Path):
+    write_transforms(tmp_path / "arms", points=False)
+    for file in (tmp_path / "arms").glob("*.png"):
+        Image.fromarray(255 - np.array(Image.open(file))).save(file)
+    folder = view_folders.read_folder(tmp_path / "arms", 64)
+    with pytest.raises(ValueError, match=r"nor on a white ground; name a coloured PLY as ply_file_path"):
+        encode(folder, Form(size=32))
+    encode(folder, Form(size=32, ground="black"))
+
+
+# Mistakes: of one object, which is left out and listed
+
+
+def change(folder: Path, **values: object) -> None:
+    path = folder / "transforms.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_frame(folder: Path, **values: object) -> None:
+    table = json.loads((folder / "transforms.json").read_text())
+    table["frames"][1] |= values
+    change(folder, frames=table["frames"])
+
+
+STRETCHED = np.diag([1.0, 1.0, 1.2, 1.0]).tolist()
+MIRRORED = np.diag([1.0, 1.0, -1.0, 1.0]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (
+            lambda f: change_frame(f, transform_matrix=STRETCHED),
+            r"001.png: its pose is not a rotation \(R\^T R",
+        ),
+        (lambda f: change_frame(f, transform_matrix=MIRRORED), r"its pose is not a rotation .*determinant -1"),
+        (lambda f: change_frame(f, transform_matrix=[[1, 2]]), "transform_matrix is not 4 x 4 numbers"),
+        (lambda f: change_frame(f, transform_matrix=[["a"] * 4] * 4), "'a' stands where a number must"),
+        (lambda f: change_frame(f, file_path="../../other.png"), "which is not in its folder"),
+        (lambda f: change_frame(f, k1=0.1), "k1=0.1: rays here are straight; undistort the pictures"),
+        (lambda f: change(f, camera_model="OPENCV_FISHEYE"), "camera_model='OPENCV_FISHEYE': rays here are straight"),
+        (lambda f: change(f, fl_x=float("nan")), "'nan' stands where a number must"),
+        (lambda f: change(f, fl_x=-3), "a focal length is not positive"),
+        (lambda f: change(f, frames=[]), "0 views; an object needs 2 or more"),
+        (lambda f: change(f, frames=7), "must list frames, each with file_path and transform_matrix"),
+        (lambda f: (f / "transforms.json").write_text("{"), "transforms.json cannot be read"),
+        (lambda f: (f / "001.png").write_bytes(b"\x89PNG\r\n\x1a\ncut"), "001.png: cannot identify"),
+        (lambda f: Image.new("RGB", (40, 40)).save(f / "001.png"), "views of 32 x 32 and of 40 x 40 pixels"),
+        (lambda f: Image.new("RGB", (9, 9)).save(f / "001.png"), "9 x 9 pixels, smaller than the 32 of the set"),
+        (lambda f: (f / "points.ply").write_bytes(b"ply\nend_header\n"), "not a PLY file whose vertices have colours"),
+        (lambda f: (f / "points.ply").write_bytes(ply(*surface())[:300]), "points.ply"),
+        (lambda f: change(f, ply_file_path="../good/points.ply"), "which is not in its folder"),
+        (lambda f: change(f, ply_file_path="gone.ply"), "names 'gone.ply', which is not in its folder"),
+    ],
+)
+def test_bad_objects_are_left_out_and_listed(tmp_path: Path, spoil: object, words: str):
+    for name in ("bad", "good"):
+        write_transforms(tmp_path / "raw" / name)
+    spoil(tmp_path / "raw" / "bad")  # type: ignore[operator]
+    made = prepare(tmp_path / "raw", tmp_path / "out")
+    assert list(by_key(made.parts["train"])) == ["good"]
+    (name, reason), *others = made.skipped
+    assert name == "bad" and not others and "\n" not in reason
+    with pytest.raises(ValueError, match=words):
+        raise ValueError(reason)
+
+
+def test_missing_intrinsics_are_refused(tmp_path: Path):
+    write_transforms(tmp_path / "arms")
+    table = json.loads((tmp_path / "arms" / "transforms.json").read_text())
+    del table["fl_x"]
+    (tmp_path / "arms" / "transforms.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="no intrinsics; give fl_x in pixels, or camera_angle_x"):
+        view_folders.read_folder(tmp_path / "arms", 64)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: (f / "intrinsics.txt").write_text("1 2 3"), "must have five lines"),
+        (lambda f: (f / "pose" / "000001.txt").write_text("1 2 3"), "holds 3 numbers"),
+        (lambda f: (f / "pose" / "000001.txt").unlink(), "000001.txt is missing"),
+        (lambda f: shutil.rmtree(f / "rgb"), "no pictures in rgb/"),
+    ],
+)
+def test_bad_srn_folders_are_refused(tmp_path: Path, spoil: object, words: str):
+    write_srn(tmp_path / "a")
+    spoil(tmp_path / "a")  # type: ignore[operator]
+    with pytest.raises(ValueError, match=words):
+        view_folders.read_folder(tmp_path / "a", 64)
+
+
+def test_the_source_is_registered_and_its_options_checked():
+    assert SOURCES["scene"].form is Form and set(SOURCES["scene"].layouts) == {"transforms", "srn"}
+    for values in ({"scale": -1.0}, {"size": 0}, {"max_views": 1}):
+        with pytest.raises(ValueError, match="^--"):
+            Form(**values)
+
+
+# The whole way: files -> shards -> rays
+
+
+def test_rays_of_a_prepared_set_have_the_colours_of_the_object(tmp_path: Path):
+    write_transforms(tmp_path / "raw" / "arms")
+    made = prepare(tmp_path / "raw", tmp_path / "out")
+    signal = DOMAIN.read(by_key(made.parts["train"])["arms"], 5)
+    batch = signal.map(lambda tensor: tensor[None])
+    queries, colours = DOMAIN.supervise(batch, 4000)
+    assert queries.view is not None
+    origins, directions = (t[0].double().numpy() for t in (queries.coords, queries.view))
+    nearest, expected = np.full(4000, np.inf), np.full((4000, 3), 255.0)
+    margins = np.full(4000, np.inf)
+    for low, high, colour in boxes():
+        first, second = (low - origins) / directions, (high - origins) / directions
+        enter, leave = np.minimum(first, second).max(-1), np.maximum(first, second).min(-1)
+        hit = (enter < leave) & (enter < nearest)
+        nearest[hit], expected[hit] = enter[hit], colour
+        margins = np.minimum(margins, np.abs(leave - enter))
+    clear = margins > 1e-4
+    assert clear.mean() > 0.95
+    np.testing.assert_allclose(colours[0].numpy()[clear] * 255, expected[clear], atol=0.5)
+    assert 0.4 < (expected != 255).any(1).mean() < 0.75  # half of the rays are the object's, and some of the others
+    assert batch.inputs.shape == (1, 600, 6) and len(batch.inputs[0].unique(dim=0)) == 600  # none twice

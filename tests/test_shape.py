@@ -1,0 +1,261 @@
+"""Shapes: what is read, measured, rendered and written."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from PIL import Image as Picture
+
+from distributed_inr.domains import Shape, Signal, collate
+from distributed_inr.domains.domain import pixel_centres
+from distributed_inr.field import Field
+from distributed_inr.models import D2CVAE, LayersOfExperts
+from distributed_inr.models.encoders import PointEncoder
+from distributed_inr.models.latent_fitting import MetaLearning
+from distributed_inr.raw import meshes
+from distributed_inr.raw.arrays import write_npy
+
+SIZE = 16
+DOMAIN = Shape(size=SIZE, num_points=100)
+
+
+def arms() -> torch.Tensor:
+    """A solid with three different arms from a cube in the middle: 6 cells along +x, 4 along +y, 2 along +z."""
+    grid = torch.zeros(SIZE, SIZE, SIZE, dtype=torch.uint8)  # [z, y, x]
+    grid[6:10, 6:10, 6:10] = 1
+    grid[7:9, 7:9, 10:16] = 1
+    grid[7:9, 10:14, 7:9] = 1
+    grid[10:12, 7:9, 7:9] = 1
+    return grid
+
+
+def record(grid: torch.Tensor, key: str = "a") -> dict:
+    vertices, faces = meshes.from_grid(grid.float().numpy())
+    surface = meshes.points_on(vertices[faces], 500).astype(np.float16)
+    occupied = grid.numpy().astype(bool)
+    return {"__key__": key, "occupancy.npy": meshes.pack(occupied), "surface.npy": write_npy(surface), "txt": b"arms"}
+
+
+def queried(points: np.ndarray, occupied: np.ndarray) -> dict:
+    rows = np.concatenate([points, occupied[:, None]], axis=1).astype(np.float16)
+    return {"__key__": "q", "queries.npy": write_npy(rows), "surface.npy": write_npy(points.astype(np.float16))}
+
+
+def sphere_field(radius: float, domain: Shape = DOMAIN) -> Field:
+    """Logits of a ball around (0.1, -0.2, 0.3), steep enough to be sharp on a grid."""
+
+    def function(parameters: tuple, coords: torch.Tensor, view: torch.Tensor | None) -> torch.Tensor:
+        centre = torch.tensor([0.1, -0.2, 0.3])
+        return (parameters[0][:, None] - (coords - centre).norm(dim=-1, keepdim=True)) * 60
+
+    return Field(function, (torch.full((1, 1), radius),), domain)
+
+
+def test_a_record_becomes_its_grid_and_noisy_points_of_its_surface():
+    signal = DOMAIN.read(record(arms()), seed=3)
+    assert signal.key == "a" and signal.text == "arms" and signal.inputs.shape == (100, 3)
+    assert torch.equal(signal.targets, arms())
+    again, other = DOMAIN.read(record(arms()), seed=3), DOMAIN.read(record(arms()), seed=4)
+    assert torch.equal(signal.inputs, again.inputs) and not torch.equal(signal.inputs, other.inputs)
+    # every point lies at the border of the solid, within a cell and the noise
+    cells = ((signal.inputs.clamp(-1, 1) + 1) / 2 * SIZE).long().clamp(max=SIZE - 1)
+    near = torch.nn.functional.max_pool3d(arms()[None, None].float(), 3, 1, 1)[0, 0]
+    assert near[cells[:, 2], cells[:, 1], cells[:, 0]].all()
+
+
+@pytest.mark.parametrize("near", [0.0, 0.5])
+def test_measurements_are_cells_of_the_grid_at_their_places(near: float):
+    domain = Shape(size=SIZE, num_points=10, near=near)
+    signal = collate([domain.read(record(arms()), seed=s) for s in range(4)])
+    for queries, values in (domain.supervise(signal, 300), domain.measurements(signal, 300)):
+        cells = ((queries.coords + 1) / 2 * SIZE).long()
+        centres = pixel_centres(SIZE)[cells]
+        torch.testing.assert_close(queries.coords, centres)
+        assert torch.equal(values[..., 0], arms()[cells[..., 2], cells[..., 1], cells[..., 0]].float())
+        assert not torch.equal(queries.coords[0], queries.coords[1])
+    queries, values = domain.measurements(signal)
+    assert values.shape == (4, SIZE**3, 1) and values[0].sum() == arms().sum()
+    assert len(queries.coords[0].unique(dim=0)) == SIZE**3
+
+
+def test_near_draws_that_share_from_cells_beside_the_surface():
+    domain = Shape(size=SIZE, num_points=10, near=0.75)
+    signal = collate([domain.read(record(arms()), seed=s) for s in range(20)])
+    _, values = domain.supervise(signal, 400)
+    occupied = arms()[None, None].float()
+    mixed = torch.nn.functional.max_pool3d(occupied, 3, 1, 1) != -torch.nn.functional.max_pool3d(-occupied, 3, 1, 1)
+    expected = 0.75 * occupied[mixed].mean() + 0.25 * occupied.mean()
+    assert values.mean().item() == pytest.approx(expected.item(), abs=0.02)
+    empty = dataclasses.replace(signal, targets=torch.zeros_like(signal.targets))
+    assert domain.supervise(empty, 400)[1].sum() == 0  # no surface: drawn from all cells
+
+
+def test_queried_points_are_taken_as_they_are_and_make_a_grid():
+    generator = np.random.default_rng(0)
+    points = generator.uniform(-1, 1, (20_000, 3))
+    inside = (np.linalg.norm(points, axis=1) < 0.7).astype(float)
+    domain = Shape(size=8, num_points=50)
+    signal = collate([domain.read(queried(points, inside), seed=s) for s in range(2)])
+    queries, values = domain.supervise(signal, 1000)
+    radius = queries.coords.norm(dim=-1)
+    assert (values[..., 0] == (radius < 0.7).float())[(radius - 0.7).abs() > 2e-3].all()
+    truth = domain.truth(signal)
+    side = pixel_centres(8)
+    z, y, x = torch.meshgrid(side, side, side, indexing="ij")
+    far = (torch.stack([x, y, z]).norm(dim=0) - 0.7).abs() > 0.25
+    assert ((truth[0] > 0.5) == (torch.stack([x, y, z]).norm(dim=0) < 0.7))[far].all()
+
+
+def test_the_likelihood_is_bernoullis_or_gaussian():
+    observed, values = torch.tensor([[[2.0], [-1.0]]]), torch.tensor([[[1.0], [0.0]]])
+    probability = observed.sigmoid()
+    expected = -(probability[0, 0].log() + (1 - probability[0, 1]).log()) / 2
+    torch.testing.assert_close(DOMAIN.nll(observed, values), expected)
+    gaussian = Shape(size=SIZE, likelihood="gaussian")
+    assert gaussian.nll(observed, values).item() == pytest.approx(0.5 * (1 + 1) / 2)
+    assert gaussian.squared_error(observed / 4, values).item() == pytest.approx(0.5**2 / 2)  # of what lies in [0, 1]
+    assert DOMAIN.squared_error(observed, values).item() == pytest.approx(
+        (((1 - probability[0, 0]) ** 2 + probability[0, 1] ** 2) / 2).item()
+    )
+
+
+def test_rendering_is_the_probability_at_cell_centres_whatever_the_chunks():
+    field = sphere_field(0.5)
+    whole, pieces = DOMAIN.render(field, 20), DOMAIN.render(field, 20, chunk_points=77)
+    torch.testing.assert_close(whole, pieces)
+    side = pixel_centres(20)
+    z, y, x = torch.meshgrid(side, side, side, indexing="ij")
+    expected = field(torch.stack([x, y, z], dim=-1).view(1, -1, 3)).sigmoid().view(1, 20, 20, 20)
+    torch.testing.assert_close(whole, expected)
+
+
+def test_a_ball_is_meshed_at_its_place_with_its_volume(tmp_path: Path):
+    rendered = DOMAIN.render(sphere_field(0.5), 128)
+    DOMAIN.save(rendered[0], tmp_path / "ball.glb")
+    mesh = meshes.read_mesh((tmp_path / "ball.glb").read_bytes(), ".glb")
+    mesh.merge_vertices()
+    assert mesh.is_watertight and mesh.volume == pytest.approx(4 / 3 * np.pi * 0.125, rel=0.02)
+    assert np.allclose(mesh.center_mass, (0.1, -0.2, 0.3), atol=5e-3)
+    points = DOMAIN.surface(rendered, 300)
+    assert (((points - torch.tensor([0.1, -0.2, 0.3])).norm(dim=-1) - 0.5).abs() < 0.01).all()
+    assert DOMAIN.surface(torch.zeros(1, 8, 8, 8), 5).isnan().all()
+
+
+def test_every_kind_of_file_is_written(tmp_path: Path):
+    rendered = arms().float()
+    for name in ("a.png", "a.gif", "a.npz", "a.ply", "a.obj"):
+        DOMAIN.save(rendered, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 100
+    with Picture.open(tmp_path / "a.png") as turntable:
+        assert turntable.width == 8 * turntable.height
+    with np.load(tmp_path / "a.npz") as stored:
+        assert np.array_equal(stored["occupancy"], rendered.numpy()) and stored["points"].shape == (10_000, 3)
+    with pytest.raises(ValueError, match="there is no surface"):
+        DOMAIN.save(torch.zeros(8, 8, 8), tmp_path / "empty.glb")
+    with pytest.raises(ValueError, match="choose one of these suffixes"):
+        DOMAIN.save(rendered, tmp_path / "a.docx")
+
+
+def test_a_picture_shows_the_arms_where_they_are():
+    """From azimuth 0 the eye is on +z: x goes right, y goes up."""
+    from distributed_inr.domains.shape import shaded
+
+    picture = shaded(arms().float(), 64, azimuth=0.0, up="y")
+    drawn = (picture < 0.99).any(0)
+    rows, columns = drawn.nonzero().unbind(1)
+    middle = 32
+    right, left = columns.max() - middle, middle - columns.min()
+    above, below = middle - rows.min(), rows.max() - middle
+    assert right > left + 10 and above > below + 4 and right > above
+    behind = (shaded(arms().float(), 64, azimuth=np.pi, up="y") < 0.99).any(0).nonzero()[:, 1]
+    assert middle - behind.min() == pytest.approx(right.item(), abs=3)  # from behind it goes left
+    turned = shaded(arms().permute(1, 0, 2).float(), 64, azimuth=0.0, up="z")  # y and z exchanged
+    assert ((turned < 0.99).any(0) != drawn.flip(1)).float().mean() < 0.25
+
+
+def test_naive_shapes_are_empty_or_coarse():
+    signal = collate([DOMAIN.read(record(arms()), seed=0)])
+    empty, (name, coarse) = (found := DOMAIN.naive(signal, numbers=64))["an empty grid"], list(found.items())[1]
+    assert empty.sum() == 0 and name == "trilinear from 4 x 4 x 4 cells"
+    assert coarse.sum().item() == pytest.approx(arms().sum().item(), rel=0.2)
+
+
+def test_ones_own_mesh_is_opened_as_it_is_prepared(tmp_path: Path):
+    box = trimesh.creation.box((2.0, 1.0, 0.5))
+    box.export(tmp_path / "box.stl")
+    signal = Shape(size=32, num_points=200).open(tmp_path / "box.stl")
+    assert signal.key == ["box.stl"] and signal.inputs.shape == (1, 200, 3)
+    z, y, x = signal.targets[0].nonzero().unbind(1)
+    assert (x.max() - x.min() + 1, y.max() - y.min() + 1, z.max() - z.min() + 1) == (28, 14, pytest.approx(7, abs=1))
+    (tmp_path / "bad.obj").write_text("nothing")
+    with pytest.raises(ValueError, match="bad.obj is not a usable mesh: .*are read"):
+        DOMAIN.open(tmp_path / "bad.obj")
+    with pytest.raises(ValueError, match="none.obj cannot be read"):
+        DOMAIN.open(tmp_path / "none.obj")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"occupancy.npy": meshes.pack(np.zeros((8, 8, 8), bool))}, "about 8 cells a side, expected 16"),
+        ({"occupancy.npy": b"junk"}, "cannot be decoded: not a .npy"),
+        ({"surface.npy": write_npy(np.zeros((4, 2), np.float32))}, r"expected \[points, 3\]"),
+    ],
+)
+def test_bad_records_name_their_key(changes: dict, message: str):
+    with pytest.raises(ValueError, match=f"^a.*{message}"):
+        DOMAIN.read(record(arms()) | changes, seed=0)
+    with pytest.raises(ValueError, match="a: no surface.npy; prepare the set as shapes"):
+        DOMAIN.read({"__key__": "a"}, seed=0)
+
+
+def overfitted(model: torch.nn.Module, signal: Signal, steps: int, lr: float) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    for step in range(steps):
+        optimizer.zero_grad()
+        sum(model(dataclasses.replace(signal, seed=torch.tensor([step]))).values()).backward()
+        optimizer.step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["ddmi", "chinr"])
+def test_the_arms_are_in_place_through_encoding_decoding_and_meshing(family: str, tmp_path: Path):
+    domain = Shape(size=SIZE, num_points=400, near=0.5, likelihood="bernoulli" if family == "ddmi" else "gaussian")
+    torch.manual_seed(0)
+    if family == "ddmi":
+        model = D2CVAE(
+            encoder=PointEncoder(width=16, num_layers=2, channels=8, multipliers=(1, 2), num_blocks=1),
+            latent_channels=4,
+            decoder_channels=16,
+            decoder_multipliers=(1, 2),
+            decoder_blocks=0,
+            num_fields=2,
+            field_channels=16,
+            readout_width=32,
+            readout_blocks=2,
+            num_points=512,
+        ).build(domain)
+        steps, lr = 250, 5e-3
+    else:
+        model = LayersOfExperts(
+            num_layers=4,
+            num_experts=8,
+            width=48,
+            latent_dim=16,
+            omega=15.0,
+            num_points=512,
+            fitting=MetaLearning(rate=1e-3, num_points=256),
+        ).build(domain)
+        steps, lr = 500, 3e-3
+    signal = collate([domain.read(record(arms()), seed=0)])
+    overfitted(model, signal, steps, lr)
+    model.eval()
+    with torch.no_grad():
+        rendered = domain.render(model.decode(model.encode(signal)), 32)
+    domain.save(rendered[0], tmp_path / "arms.ply")
+    mesh = meshes.read_mesh((tmp_path / "arms.ply").read_bytes(), ".ply")
+    low, high = mesh.bounds
+    assert np.allclose(high, (1.0, 0.75, 0.5), atol=0.13) and np.allclose(low, (-0.25,) * 3, atol=0.13)

@@ -1,0 +1,140 @@
+"""Raw shapes as they lie on disks: mesh files, voxel grids, and miniatures of Occupancy Networks' sets."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+from tiny_sets import by_key
+
+from distributed_inr.data.layouts.shapes import SHAPES
+from distributed_inr.data.prepare import Plan, prepare_set
+from distributed_inr.domains import Shape
+from distributed_inr.raw import meshes
+from distributed_inr.raw.meshes import Form
+
+
+def plan(**changes: object) -> Plan:
+    form = Form(resolution=16, points=100, queries=500)
+    return Plan(**{"domain": "shape", "form": form, "split": "none", **changes})
+
+
+def read(record: dict) -> np.ndarray:
+    signal = Shape(size=16, num_points=10).read(record, seed=0)
+    assert signal.inputs.isfinite().all()
+    return Shape(size=16).truth(signal.map(lambda tensor: tensor[None]))[0].numpy()
+
+
+def test_mesh_files_become_grids_and_bad_ones_are_left_out(tmp_path: Path):
+    box = trimesh.creation.box((2.0, 1.0, 0.5))
+    for suffix in (".obj", ".ply", ".glb", ".off", ".stl"):
+        (tmp_path / "raw" / "box").mkdir(parents=True, exist_ok=True)
+        box.export(tmp_path / "raw" / "box" / f"a-{suffix[1:]}{suffix}")
+    (tmp_path / "raw" / "box" / "empty.obj").write_text("# nothing\n")
+    (tmp_path / "raw" / "box" / "flat.obj").write_text("v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3\n")
+    (tmp_path / "raw" / "box" / "noise.glb").write_bytes(b"glTF" + bytes(40))
+    made = prepare_set(tmp_path / "raw", str(tmp_path / "out"), plan())
+    found = by_key(made.parts["train"])
+    assert sorted(found) == [f"box/a-{suffix}" for suffix in ("glb", "obj", "off", "ply", "stl")]
+    assert sorted(name for name, _ in made.skipped) == ["box/empty.obj", "box/flat.obj", "box/noise.glb"]
+    for record in found.values():
+        z, y, x = np.nonzero(read(record) > 0.5)
+        assert np.ptp(x) + 1 == 14 and np.ptp(y) + 1 in (6, 7, 8) and np.ptp(z) + 1 in (2, 3, 4)
+        assert record["txt"] == b"box"
+    assert made.parts["train"].domain == "shape" and made.parts["train"].protocol["form"]["resolution"] == 16
+
+
+def test_voxels_are_x_y_z_packed_or_not_with_captions_by_key(tmp_path: Path):
+    grids = np.zeros((3, 16, 16, 16), bool)
+    grids[0, 2:14, 4:8, 6:9] = True  # long in x
+    grids[1, 3:5, 3:13, 3:5] = True
+    grids[2] = True  # full
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    np.savez(raw / "many.npz", occupancy=np.packbits(grids.reshape(3, -1), axis=1), keys=np.array(["a", "b", "full"]))
+    (raw / "sub").mkdir()
+    np.save(raw / "sub" / "one.npy", grids[0].astype(np.float32))
+    np.save(raw / "sub" / "small.npy", np.ones((4, 4, 4), np.uint8))
+    np.save(raw / "sub" / "long.npy", np.ones((4, 4, 5), np.uint8))
+    np.save(raw / "sub" / "objects.npy", np.array([None]), allow_pickle=True)
+    rows = [
+        {"key": "a", "file_name": "elsewhere/a.png", "text": "plank"},
+        {"key": "b", "text": "pole", "class": "pole"},
+    ]
+    (raw / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = prepare_set(raw, str(tmp_path / "out"), plan(layout="voxels"))
+    found = by_key(made.parts["train"])
+    assert sorted(found) == ["a", "b", "sub/one"]
+    assert found["a"]["txt"] == b"plank" and json.loads(found["b"]["json"])["class"] == "pole"
+    for key in ("a", "sub/one"):
+        assert np.array_equal(read(found[key]) > 0.5, grids[0].transpose(2, 1, 0))
+    reasons = dict(made.skipped)
+    assert "all of its cells are inside" in reasons["many.npz#full"]
+    assert "a grid of 4 x 4 x 4 cells, --resolution 16" in reasons["sub/small.npy"]
+    assert "4 x 4 x 5" in reasons["sub/long.npy"]
+    assert "not a .npy" in reasons["sub/objects.npy"]
+
+
+def occupancy_networks(root: Path, *, models: int = 4) -> None:
+    """Balls of several radii, as in the distributed archive."""
+    generator = np.random.default_rng(0)
+    (root / "metadata.yaml").parent.mkdir(parents=True)
+    (root / "metadata.yaml").write_text("'03001627': {id: '03001627', name: 'chair'}\n")
+    for number in range(models):
+        folder = root / "03001627" / f"model{number}"
+        folder.mkdir(parents=True)
+        radius = 0.3 + 0.05 * number
+        points = generator.uniform(-0.55, 0.55, (2000, 3))
+        occupied = np.packbits(np.linalg.norm(points, axis=1) < radius)
+        about = {"loc": np.zeros(3), "scale": np.float64(1)}
+        np.savez(folder / "points.npz", points=points.astype(np.float16), occupancies=occupied, **about)
+        normals = generator.normal(size=(1000, 3))
+        normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+        np.savez(folder / "pointcloud.npz", points=(radius * normals).astype(np.float32), normals=normals, **about)
+    (root / "03001627" / "train.lst").write_text("model0\nmodel1\n")
+    (root / "03001627" / "val.lst").write_text("model2\n")
+
+
+def test_occupancy_networks_sets_keep_their_lists_and_points(tmp_path: Path):
+    occupancy_networks(tmp_path / "raw")
+    made = prepare_set(tmp_path / "raw", str(tmp_path / "out"), plan(layout="occupancy-networks", split="auto"))
+    train, val = (by_key(made.parts[part]) for part in ("train", "val"))
+    assert sorted(train) == ["03001627/model0", "03001627/model1"] and sorted(val) == ["03001627/model2"]
+    domain = Shape(size=16, num_points=50)
+    signal = domain.read(val["03001627/model2"], seed=0)
+    assert signal.text == "chair" and signal.targets.shape == (500, 4)
+    radius = signal.targets[:, :3].float().norm(dim=1)
+    assert ((radius < 0.4 / 0.55) == (signal.targets[:, 3] > 0.5))[(radius - 0.4 / 0.55).abs() > 2e-3].all()
+    assert signal.inputs.norm(dim=1).mean().item() == pytest.approx(0.4 / 0.55, abs=0.01)
+
+
+def test_what_occupancy_networks_sets_lack_is_one_clear_line(tmp_path: Path):
+    occupancy_networks(tmp_path / "raw")
+    (tmp_path / "raw" / "03001627" / "test.lst").write_text("model9\n")
+    with pytest.raises(ValueError, match="1 listed models have no points.npz, first model9"):
+        prepare_set(tmp_path / "raw", str(tmp_path / "out"), plan(layout="occupancy-networks"))
+    (tmp_path / "raw" / "03001627" / "test.lst").unlink()
+    (tmp_path / "raw" / "03001627" / "model1" / "pointcloud.npz").unlink()
+    made = prepare_set(tmp_path / "raw", str(tmp_path / "out"), plan(layout="occupancy-networks"))
+    assert [name for name, _ in made.skipped] == ["03001627/model1/points.npz"]
+    assert "pointcloud.npz cannot be read" in made.skipped[0][1]
+
+
+def test_the_form_refuses_what_cannot_be():
+    with pytest.raises(ValueError, match=r"--fill 1.5 must lie in \(0, 1\]"):
+        Form(fill=1.5)
+    with pytest.raises(ValueError, match="--resolution 0 must be at least 1"):
+        Form(resolution=0)
+    assert list(SHAPES.layouts) == ["mesh-files", "voxels", "occupancy-networks"]
+
+
+def test_a_grid_of_another_size_is_a_bad_sample(tmp_path: Path):
+    (tmp_path / "raw").mkdir()
+    np.save(tmp_path / "raw" / "a.npy", np.arange(16**3).reshape(16, 16, 16) % 2)
+    made = prepare_set(tmp_path / "raw", str(tmp_path / "out"), plan(layout="voxels"))
+    with pytest.raises(
+        ValueError, match="a: cannot be decoded: 512 bytes of packed bits, about 16 cells a side, expected 8"
+    ):
+        Shape(size=8).read(by_key(made.parts["train"])["a"], seed=0)
+    assert meshes.unpack(by_key(made.parts["train"])["a"]["occupancy.npy"], 16).sum() == 2048
