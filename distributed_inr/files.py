@@ -13,9 +13,9 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from distributed_inr.config import to_json
-from distributed_inr.domains import AnyDomain
 from distributed_inr.domains.domain import seeds_for
 from distributed_inr.experiment import DEFAULT_OUTPUT
+from distributed_inr.field import Field
 from distributed_inr.generation import FieldModel, load
 from distributed_inr.models.noising import Sampler
 from distributed_inr.sheets import fit, in_rows, sheet, titled
@@ -74,9 +74,8 @@ def sample_files(
     title = f"the first {most // row} of {count} samples" if len(latents) > most else ""
     paths, shown = [], []
     for latent in latents:
-        rendered = model.decode(latent[None]).render(resolution).cpu()
         paths.append(out / f"{stem}-{len(paths):0{digits}d}{suffix}")
-        _save(domain, rendered, paths[-1])
+        rendered = _write(model.decode(latent[None]), resolution, paths[-1])
         if len(shown) < most:
             shown.append(fit(domain.pictures(rendered)[0], min(_SHEET_CELL, max(resolution, 128))))
     if columns is None:
@@ -124,12 +123,11 @@ def reconstruct_files(
     out = make_folder(out or default_folder(model.folder, "reconstructions"))
     paths: list[Path] = []
     for file, signal in zip(files, signals, strict=True):
-        rendered = model.encode(signal).render(resolution).cpu()
         stem = f"{Path(file).stem}-{resolution}{domain.unit}"
         while out / f"{stem}{suffix}" in paths:
             stem += "-again"
         paths.append(out / f"{stem}{suffix}")
-        _save(domain, rendered, paths[-1])
+        rendered = _write(model.encode(signal), resolution, paths[-1])
 
         row = domain.shown(signal) | {f"its function, {resolution} {domain.unit}": domain.pictures(rendered)[0]}
         paths.append(out / f"{stem}-beside.png")
@@ -195,9 +193,11 @@ def check_suffix(model: FieldModel, suffix: str | None) -> str:
     return found
 
 
-def _save(domain: AnyDomain, rendered: Tensor, path: Path) -> None:
+def _write(field: Field, resolution: int, path: Path) -> Tensor:
+    """Write a function, if it can be; returns a rendering of it."""
     try:
-        domain.save(rendered[0], path)
+        return field.domain.write(field, resolution, path)
     except ValueError as error:
         path.unlink(missing_ok=True)  # an earlier call's
         logger.warning("%s is left out: %s", path, error)
+        return field.render(field.domain.size).cpu()

@@ -11,12 +11,12 @@ import sys
 
 from distributed_inr import pipeline
 from distributed_inr.config import command, parse
-from distributed_inr.presets.ddmi import PRESETS
+from distributed_inr.presets import PRESETS
 
 
 @command
 def main() -> None:
-    experiment = parse(sys.argv[1:], PRESETS, default="furniture-image", description=__doc__ or "")
+    experiment = parse(sys.argv[1:], PRESETS["ddmi"], default="furniture-image", description=__doc__ or "")
     for name, path in pipeline.run(experiment).items():
         print(f"{name:20} {path}")
 

@@ -1,18 +1,20 @@
 """Every preset's own structure, at tiny width: it trains two steps, encodes and samples."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_run import smooth_picture, write_pictures
+from tiny_domains import own_file, write_sets
 
 from distributed_inr import pipeline
 from distributed_inr.config import leaves, override, parse
+from distributed_inr.domains import Image
 from distributed_inr.generation import load
+from distributed_inr.models import D2CVAE
 from distributed_inr.presets import PRESETS
 
 TINY = {
-    "domain.size": 32,
     "autoencoder_training.num_samples": 8,
     "autoencoder_training.batch_size": 4,
     "prior_training.num_samples": 8,
@@ -25,9 +27,31 @@ TINY = {
     "sampling.steps": 2,
     "evaluation.num_samples": 0,
 }
+TINY_DOMAINS = {
+    "image": {"domain.size": 32},
+    "shape": {"domain.size": 32, "domain.num_points": 40},
+    "video": {"domain.size": 32, "domain.frames": 4},
+    "scene": {
+        "domain.size": 16,
+        "domain.view_size": 16,
+        "domain.cells": 32,
+        "domain.num_views": 4,
+        "domain.hold_out_every": 2,
+        "domain.num_points": 40,
+        "domain.samples_per_ray": 6,
+        "domain.render_samples": 8,
+        "domain.fit_rays": 64,
+        "domain.orbit_views": 3,
+    },
+    "motion": {"domain.size": 32, "domain.channels": 36},
+}
+TINY_ENCODERS = {
+    "pixels": {"autoencoder.encoder.channels": 8},
+    "points": {"autoencoder.encoder.channels": 8, "autoencoder.encoder.width": 8},
+    "clip": {"autoencoder.encoder.dim": 8, "autoencoder.encoder.depth": 1, "autoencoder.encoder.head_dim": 4},
+}
 TINY_AUTOENCODERS = {
     "d2c-vae": {
-        "autoencoder.encoder.channels": 8,
         "autoencoder.decoder_channels": 8,
         "autoencoder.latent_channels": 4,
         "autoencoder.field_channels": 8,
@@ -38,8 +62,11 @@ TINY_AUTOENCODERS = {
         "autoencoder.width": 16,
         "autoencoder.latent_dim": 8,
         "autoencoder.num_points": 64,
-        "autoencoder.fitting.rate": 0.1,
     },
+}
+TINY_FITTINGS = {
+    "meta-learning": {"autoencoder.fitting.rate": 1e-3},
+    "auto-decoding": {"autoencoder.fitting.encode_steps": 3},
 }
 TINY_DENOISERS = {
     "unet": {"prior.denoiser.channels": 8, "prior.denoiser.head_dim": 8},
@@ -53,20 +80,25 @@ TINY_DENOISERS = {
 def test_every_preset_trains_encodes_and_samples(family: str, name: str, tmp_path: Path):
     preset = PRESETS[family][name]()
     assert (preset.family, preset.name) == (family, name)
-    source_size = 32 * preset.domain.source_size // preset.domain.size
-    for number, part in enumerate(("train", "val")):
-        write_pictures(tmp_path / part, 6, seed=number, size=source_size)
-    changes = {"output": str(tmp_path), "domain.source_size": source_size}
+    changes: dict[str, Any] = TINY | {"output": str(tmp_path)}
     changes |= {f"data.{part}": str(tmp_path / part) for part in ("train", "val")}
-    changes |= TINY_AUTOENCODERS[preset.autoencoder.kind] | TINY_DENOISERS[preset.prior.denoiser.kind]
-    made = pipeline.run(override(preset, TINY | changes))
+    changes |= TINY_DOMAINS[preset.domain.kind] | TINY_DENOISERS[preset.prior.denoiser.kind]
+    changes |= TINY_AUTOENCODERS[preset.autoencoder.kind]
+    if isinstance(preset.autoencoder, D2CVAE):
+        changes |= TINY_ENCODERS[preset.autoencoder.encoder.kind]
+    else:
+        changes |= TINY_FITTINGS[preset.autoencoder.fitting.kind]
+    if isinstance(preset.domain, Image):
+        changes["domain.source_size"] = 32 * preset.domain.source_size // preset.domain.size
+    experiment = override(preset, changes)
+    write_sets(experiment.domain, tmp_path)
+    made = pipeline.run(experiment)
 
     model = load(made["run"])
-    samples = model.sample(2, steps=2).render(40)
-    assert samples.shape == (2, 3, 40, 40) and samples.isfinite().all()
+    samples = model.sample(2, steps=2).render(20)
+    assert len(samples) == 2 and samples.isfinite().all()
     assert not torch.equal(samples[0], samples[1])
-    smooth_picture(7, 48).save(tmp_path / "mine.png")
-    assert model.encode(tmp_path / "mine.png").render(32).isfinite().all()
+    assert model.encode(own_file(model.domain, tmp_path)).render(20).isfinite().all()
 
 
 @pytest.mark.parametrize(("family", "name"), [(family, name) for family in PRESETS for name in PRESETS[family]])

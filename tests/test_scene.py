@@ -13,9 +13,9 @@ from tiny_scenes import arms_field, look_from, make_record, picture, poses, writ
 from torch import Tensor
 
 from distributed_inr.config import from_json, to_json
+from distributed_inr.domains import scene_mesh
 from distributed_inr.domains.domain import Queries, Record, Signal, collate
 from distributed_inr.domains.scene import Scene
-from distributed_inr.domains.scene_mesh import mesh, save_mesh
 from distributed_inr.field import Field
 from distributed_inr.randomness import sample_seed
 from distributed_inr.raw.arrays import write_npy
@@ -320,6 +320,10 @@ def test_films_go_once_around(tmp_path: Path):
         DOMAIN.save(film[0], tmp_path / "a.obj")
 
 
+def mesh(field: Field, resolution: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return scene_mesh.surface(field, resolution, density=DOMAIN.density, inside_sphere=True)
+
+
 def test_meshes_have_the_objects_shape_and_colours(tmp_path: Path):
     import trimesh
 
@@ -333,13 +337,13 @@ def test_meshes_have_the_objects_shape_and_colours(tmp_path: Path):
         far = vertices[:, axis] > 0.25
         assert abs(vertices[:, axis].max() - length) < 0.04
         assert (colours[far, :3].argmax(1) == axis).all()
-    save_mesh(ball_field(DOMAIN), tmp_path / "ball.ply", 32)
+    DOMAIN.write(ball_field(DOMAIN), 32, tmp_path / "ball.ply")
     loaded: Any = trimesh.load(io.BytesIO((tmp_path / "ball.ply").read_bytes()), file_type="ply")
     assert abs(loaded.volume - 4 / 3 * np.pi * 0.5**3) < 0.03
     with pytest.raises(ValueError, match="there is no surface"):
         mesh(ball_field(DOMAIN, radius=-1.0), 16)
-    with pytest.raises(ValueError, match=r"coloured meshes are written as .glb"):
-        save_mesh(ball_field(DOMAIN), tmp_path / "ball.stl", 16)
+    with pytest.raises(ValueError, match=r"ball.stl: views are written as .png, .mp4"):
+        DOMAIN.write(ball_field(DOMAIN), 16, tmp_path / "ball.stl")
 
 
 # What reports need

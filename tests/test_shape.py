@@ -202,7 +202,7 @@ def test_ones_own_mesh_is_opened_as_it_is_prepared(tmp_path: Path):
     [
         ({"occupancy.npy": meshes.pack(np.zeros((8, 8, 8), bool))}, "about 8 cells a side, expected 16"),
         ({"occupancy.npy": b"junk"}, "cannot be decoded: not a .npy"),
-        ({"surface.npy": write_npy(np.zeros((4, 2), np.float32))}, r"expected \[points, 3\]"),
+        ({"surface.npy": write_npy(np.zeros((4, 2), np.float32))}, r"expected finite numbers \[rows, 3\]"),
     ],
 )
 def test_bad_records_name_their_key(changes: dict, message: str):

@@ -271,6 +271,15 @@ class Domain(ABC):
         """Points on the surface of each rendering, where it has one; NaN where a rendering is empty."""
         return None
 
+    def write(self, field: Field, resolution: int, path: Path) -> Tensor:
+        """Write one function to a file of the kind that the suffix names; returns a rendering of it, for pictures.
+
+        Raises ValueError where it cannot be one.
+        """
+        rendered = self.render(field, resolution).cpu()
+        self.save(rendered[0], path)
+        return rendered
+
     @abstractmethod
     def save(self, rendered: Tensor, path: Path) -> None:
         """Write one rendering to a file of the kind that the suffix names. Raises ValueError where it cannot be one."""

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from distributed_inr import randomness
 from distributed_inr.config import config, override
-from distributed_inr.domains import rays
+from distributed_inr.domains import rays, scene_mesh
 from distributed_inr.domains.domain import Domain, Queries, Record, Signal, caption, collate
 from distributed_inr.domains.image import downscale, to_pillow
 from distributed_inr.field import Field
@@ -30,7 +30,6 @@ _THUMBNAIL = 32
 _ORBIT_RADIUS, _ORBIT_ANGLE = 2.2, 0.9
 """Of rendered orbits: the unit sphere fills the picture."""
 _FRAME_RATE = 12.0
-_MAX_POINTS = 1_000_000
 _VIDEO_SUFFIXES = (".mp4", ".webm", ".gif", ".webp")
 
 
@@ -94,7 +93,7 @@ class Scene(Domain):
     input_dim: ClassVar[int] = 6
     metrics: ClassVar[tuple[str, ...]] = ("clip_psnr", "clip_ssim")
     noun: ClassVar[str] = "scene"
-    suffix: ClassVar[str] = ".mp4"
+    suffixes: ClassVar[tuple[str, ...]] = (*_VIDEO_SUFFIXES, ".png", *scene_mesh.SUFFIXES)
     unit: ClassVar[str] = "px"
     fine: ClassVar[int] = 2
     max_resolution: ClassVar[int] = 4096
@@ -133,7 +132,7 @@ class Scene(Domain):
     def _read(self, record: Record, seed: int, num_views: int | None) -> Signal:
         """One record with as many of its views; None takes all."""
         key = record["__key__"]
-        cameras, points = _array(record, "cameras.npy", CAMERA_DIM), _array(record, "points.npy", 6)
+        cameras, points = _rows(record, "cameras.npy", CAMERA_DIM), _rows(record, "points.npy", 6)
         try:
             posed_views.check_cameras(cameras)
         except ValueError as error:
@@ -176,8 +175,6 @@ class Scene(Domain):
 
     def copies(self, signal: Signal) -> tuple[Signal, ...]:
         return (signal,)
-
-    # Measuring
 
     def supervise(self, signal: Signal, count: int) -> tuple[Queries, Float[Tensor, "batch rays 3"]]:
         """Rays of the training views, each asked at random depths, one in each step."""
@@ -246,8 +243,6 @@ class Scene(Domain):
 
     def nll(self, observed: Tensor, values: Tensor) -> Float[Tensor, " batch"]:
         return 0.5 * (observed - values).square().mean(dim=(1, 2))
-
-    # Looking
 
     def render(
         self,
@@ -366,6 +361,16 @@ class Scene(Domain):
             views = F.interpolate(views, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
         return views.unflatten(0, rendered.shape[:2]).flatten(1)
 
+    def write(self, field: Field, resolution: int, path: Path) -> Views:
+        """Once around the object as a video, or its surface as a coloured mesh (.glb, .ply, .obj); else as `save`."""
+        if path.suffix.lower() in scene_mesh.SUFFIXES:
+            scene_mesh.save(field, resolution, path, density=self.density, inside_sphere=self.bounds == "sphere")
+        else:
+            orbit = path.suffix.lower() in _VIDEO_SUFFIXES
+            views = self.film(field, resolution) if orbit else self.render(field, resolution)
+            self.save(views[0].cpu(), path)
+        return self.render(field, min(resolution, 2 * self.size)).cpu()
+
     def save(self, rendered: Float[Tensor, "views 3 height width"], path: Path) -> None:
         """The views one after the other as a video (.mp4, .webm, .gif, .webp), or beside each other as .png."""
         suffix = path.suffix.lower()
@@ -387,12 +392,9 @@ def _decode_views(record: Record, count: int, size: int) -> UInt8[Tensor, "count
     return torch.from_numpy(views).movedim(-1, 1).contiguous()
 
 
-def _array(record: Record, name: str, dim: int) -> np.ndarray:
+def _rows(record: Record, name: str, dim: int) -> np.ndarray:
     """A float array [rows, dim] of a record. Raises ValueError naming the key when it is not one."""
     try:
-        found = arrays.read_npy(record[name], max_bytes=_MAX_POINTS * dim * 8)
+        return arrays.read_rows(record[name], dim)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{record['__key__']}.{name}: cannot be decoded: {error}") from None
-    if found.ndim != 2 or found.shape[1] != dim or len(found) < 1 or not np.isfinite(found).all():
-        raise ValueError(f"{record['__key__']}.{name}: {found.shape}, expected finite numbers [rows, {dim}]")
-    return found.astype(np.float32)

@@ -1,38 +1,46 @@
 """Meshes of scenes: the surface at which a radiance field's density crosses a threshold, with its colours."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
 
 from distributed_inr.domains.domain import evaluate_grid, pixel_centres
-from distributed_inr.domains.scene import Scene
 from distributed_inr.field import Field
 from distributed_inr.raw import meshes
 
 SUFFIXES = (".glb", ".ply", ".obj")
 
 
-def mesh(
-    field: Field, resolution: int, *, threshold: float = 10.0, chunk_points: int = 1 << 18
+def surface(
+    field: Field,
+    resolution: int,
+    *,
+    density: Callable[[Tensor], Tensor],
+    inside_sphere: bool,
+    threshold: float = 10.0,
+    chunk_points: int = 1 << 18,
 ) -> tuple[Float[np.ndarray, "vertices 3"], Int64[np.ndarray, "faces 3"], UInt8[np.ndarray, "vertices 4"]]:
     """Vertices, faces and RGBA colours of one scene's surface, coloured as seen from straight outside.
 
     Args:
+        density: of the field's first value, for each unit of length.
+        inside_sphere: leave out what lies outside of the unit sphere, which no view has seen.
         threshold: of the density, for each unit of length.
 
     Raises ValueError where the density does not cross it.
     """
     import trimesh
 
-    domain = field.domain
-    assert isinstance(domain, Scene) and len(field) == 1
+    assert len(field) == 1
     centres = pixel_centres(resolution, field.device)
     grid = torch.empty(resolution**3, device=field.device)
     for part, values in evaluate_grid(field, (centres,) * 3, chunk_points=chunk_points, title="mesh"):
-        grid[part] = domain.density(values[0, :, 0])
-    if domain.bounds == "sphere":  # no view has seen what lies outside
+        grid[part] = density(values[0, :, 0])
+    if inside_sphere:
         squares = centres.square()
         outside = squares[:, None, None] + squares[:, None] + squares > 1
         grid[outside.flatten()] = 0.0
@@ -47,11 +55,11 @@ def mesh(
     return vertices, np.asarray(faces, dtype=np.int64), (opaque * 255).round().to(torch.uint8).cpu().numpy()
 
 
-def save_mesh(field: Field, path: Path, resolution: int, *, threshold: float = 10.0) -> None:
+def save(
+    field: Field, resolution: int, path: Path, *, density: Callable[[Tensor], Tensor], inside_sphere: bool
+) -> None:
     """Write the surface of one scene with its colours as .glb, .ply or .obj."""
     import trimesh
 
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path.name}: coloured meshes are written as {', '.join(SUFFIXES)}; use one of these")
-    vertices, faces, colours = mesh(field, resolution, threshold=threshold)
+    vertices, faces, colours = surface(field, resolution, density=density, inside_sphere=inside_sphere)
     trimesh.Trimesh(vertices, faces, vertex_colors=colours, process=False).export(path)

@@ -17,7 +17,7 @@ from distributed_inr.domains.domain import Domain, Queries, Record, Signal, capt
 from distributed_inr.domains.image import to_pillow
 from distributed_inr.field import Field
 from distributed_inr.raw import meshes
-from distributed_inr.raw.arrays import read_npy
+from distributed_inr.raw.arrays import read_rows
 
 _THUMBNAIL = 16
 """Cells a side at which shapes are compared with training shapes."""
@@ -71,14 +71,12 @@ class Shape(Domain):
     def read(self, record: Record, seed: int) -> Signal:
         key = record["__key__"]
         try:
-            surface, targets = read_npy(record["surface.npy"]), _targets(record, self.size)
+            surface, targets = read_rows(record["surface.npy"], 3), _targets(record, self.size)
         except KeyError as error:
             raise ValueError(f"{key}: no {error.args[0]}; prepare the set as shapes") from None
         except ValueError as error:
             raise ValueError(f"{key}: cannot be decoded: {error}") from None
-        if surface.ndim != 2 or surface.shape[1] != 3 or len(surface) == 0:
-            raise ValueError(f"{key}.surface.npy has shape {surface.shape}, expected [points, 3]")
-        return self._signal(torch.from_numpy(surface.astype(np.float32)), targets, seed, key, caption(record))
+        return self._signal(torch.from_numpy(surface), targets, seed, key, caption(record))
 
     def _signal(self, surface: Tensor, targets: Tensor, seed: int, key: str, text: str = "") -> Signal:
         seeds = torch.tensor([seed])
@@ -258,9 +256,7 @@ def _targets(record: Record, size: int) -> Tensor:
     """A grid, uint8 [z, y, x], or queried points, float16 [points, 4]: place and occupancy."""
     if "occupancy.npy" in record:
         return torch.from_numpy(meshes.unpack(record["occupancy.npy"], size).astype(np.uint8))
-    queries = read_npy(record["queries.npy"])
-    if queries.ndim != 2 or queries.shape[1] != 4:
-        raise ValueError(f"queries.npy has shape {queries.shape}, expected [points, 4]")
+    queries = read_rows(record["queries.npy"], 4)
     return torch.from_numpy(queries.astype(np.float16))
 
 

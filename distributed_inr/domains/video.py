@@ -196,6 +196,11 @@ class Video(Domain):
 
         clips.write(rendered(), path, rate=fps or self._rate(frames))
 
+    def write(self, field: Field, resolution: int, path: Path) -> Float[Tensor, "1 frames 3 height width"]:
+        """As `stream`; returns it at a bounded resolution."""
+        self.stream(field, path, resolution)
+        return self.render(field, min(resolution, 2 * self.size)).cpu()
+
     def truth(self, signal: Signal) -> Float[Tensor, "batch frames 3 size size"]:
         return (signal.inputs.transpose(1, 2) + 1) / 2
 

@@ -203,8 +203,8 @@ class LocalPointNet(nn.Module):
 
     def __init__(self, cfg: PointEncoder, domain: Domain, out_channels: int) -> None:
         super().__init__()
-        self.axes, self.cells = plane_axes(domain.coord_dim), domain.size
-        if set(domain.grid) != {domain.size}:
+        self.axes, self.cells = plane_axes(domain.coord_dim), domain.grid[0]
+        if len(set(domain.grid)) > 1:
             raise ValueError(f"domain.kind={domain.kind}: points go to planes of equal sides, not {domain.grid} cells")
         self.place = nn.Linear(domain.input_dim, 2 * cfg.width)
         self.blocks = nn.ModuleList(PointBlock(2 * cfg.width, cfg.width) for _ in range(cfg.num_layers))

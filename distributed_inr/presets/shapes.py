@@ -25,7 +25,7 @@ def ddmi_furniture_shape() -> Experiment:
 
     python jobs/train_ddmi.py furniture-shape
     """
-    autoencoder_samples, prior_samples = 24_000, 600_000
+    autoencoder_samples, prior_samples = 10_000, 400_000
     quick = ddmi.furniture_image()
     return replace(
         quick,
@@ -45,7 +45,7 @@ def ddmi_furniture_shape() -> Experiment:
             kl_anneal_samples=autoencoder_samples * 9 // 10,
         ),
         autoencoder_training=replace(
-            quick.autoencoder_training, num_samples=autoencoder_samples, checkpoint_every_samples=6_000
+            quick.autoencoder_training, num_samples=autoencoder_samples, checkpoint_every_samples=2_500
         ),
         prior_training=replace(
             quick.prior_training, num_samples=prior_samples, checkpoint_every_samples=prior_samples // 4

@@ -15,6 +15,7 @@ TEXT = ("<U",)
 """Strings of any length."""
 MAX_BYTES = 2**30
 """Largest array that is read by default."""
+MAX_ROWS = 1_000_000
 
 _HEADER = re.compile(
     rb"\{'descr': '([<|][fiubU]\d{1,4})', 'fortran_order': (True|False), "
@@ -34,6 +35,14 @@ def read_npy(content: bytes, dtypes: Sequence[str] = FLOATS, *, max_bytes: int =
     if len(content) - start != size:
         raise ValueError(f"{len(content) - start} bytes of values where its header promises {size}")
     return np.frombuffer(content, dtype, offset=start).reshape(shape, order=order)  # type: ignore[call-overload]
+
+
+def read_rows(content: bytes, dim: int, *, max_rows: int = MAX_ROWS) -> np.ndarray:
+    """A .npy of finite floats [rows, dim], at least one row, as float32. Raises ValueError for anything else."""
+    found = read_npy(content, max_bytes=8 * max_rows * dim)
+    if found.ndim != 2 or found.shape[1] != dim or len(found) < 1 or not np.isfinite(found).all():
+        raise ValueError(f"an array of shape {found.shape}, expected finite numbers [rows, {dim}]")
+    return found.astype(np.float32)
 
 
 def write_npy(array: np.ndarray) -> bytes:
