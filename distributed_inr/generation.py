@@ -140,10 +140,11 @@ class FieldModel:
     @torch.no_grad()
     def encode(self, source: str | Path | Sequence[str | Path] | Signal) -> Field:
         """One's own files, or a batch of signals, as functions (the posterior mean)."""
-        if not isinstance(source, Signal):
-            paths = [source] if isinstance(source, str | Path) else list(source)
-            source = _batch([self.domain.open(Path(path)) for path in paths])
-        return self.decode(self.autoencoder.encode(source.to(self.device)))
+        if isinstance(source, Signal):
+            return self.decode(self.autoencoder.encode(source.to(self.device)))
+        paths = [source] if isinstance(source, str | Path) else list(source)
+        signals = [self.domain.open(Path(path)) for path in paths]  # of whatever sizes: encoded one by one
+        return self.decode(torch.cat([self.autoencoder.encode(signal.to(self.device)) for signal in signals]))
 
     @torch.no_grad()
     def decode(self, latent: Float[Tensor, "batch *latent_shape"]) -> Field:
@@ -214,14 +215,3 @@ def set_weights(module: nn.Module, weights: Mapping[str, Tensor], *, source: str
 
 
 _UNFINISHED = "the run has not come that far; run its training job to the end, or give another run folder"
-
-
-def _batch(signals: Sequence[Signal]) -> Signal:
-    """Batches of one as one batch, without the targets, which may differ in size."""
-    return Signal(
-        key=[key for signal in signals for key in signal.key],
-        seed=torch.cat([signal.seed for signal in signals]),
-        position=torch.cat([signal.position for signal in signals]),
-        inputs=torch.cat([signal.inputs for signal in signals]),
-        text=[text for signal in signals for text in signal.text],
-    )

@@ -1,5 +1,6 @@
 """Shapes: functions of space to occupancy, measured at points."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -45,6 +46,9 @@ class Shape(Domain):
     """Surface points that the encoder sees, drawn anew for every sample from those stored."""
     point_noise: Annotated[float, pydantic.Field(ge=0)] = 0.005
     """Deviation of the noise on them, in units of half the cube's side."""
+    fit_points: Annotated[int, pydantic.Field(gt=0)] = 8192
+    """Measurements that a latent is fitted to where an encoder is an optimisation: drawn as in training, but the same
+    for all shapes of a set; all cells where as many are asked for and `near` is 0."""
     near: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
     """Share of a grid's measurements that is drawn from cells with a neighbour of the other kind; the others are drawn
     from all cells. Above 0, the likelihood weighs surfaces more than the published one."""
@@ -123,11 +127,15 @@ class Shape(Domain):
         return self._draw(signal, "supervise", count)
 
     def measurements(self, signal: Signal, count: int | None = None) -> tuple[Queries, Float[Tensor, "batch points 1"]]:
+        """As in training; None takes `fit_points`, which do not depend on the sample's seed."""
         if count is not None:
             return self._draw(signal, "measurements", count)
         targets = _tensor(signal)
-        cells = torch.arange(targets[0].numel() if targets.dim() == 4 else targets.shape[1], device=targets.device)
-        return self._at(targets, cells.expand(len(targets), -1))
+        total = targets[0].numel() if targets.dim() == 4 else targets.shape[1]
+        if self.fit_points < total or self.near:
+            fixed = dataclasses.replace(signal, seed=torch.zeros_like(signal.seed))
+            return self._draw(fixed, "measurements", self.fit_points)
+        return self._at(targets, torch.arange(total, device=targets.device).expand(len(targets), -1))
 
     def _draw(self, signal: Signal, purpose: str, count: int) -> tuple[Queries, Tensor]:
         targets = _tensor(signal)
