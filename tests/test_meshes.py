@@ -141,9 +141,8 @@ def test_every_kind_of_mesh_file_is_read_and_written(suffix: str, tmp_path):
     assert np.allclose(sorted(mesh.extents), (1, 2, 3)) and abs(mesh.volume) == pytest.approx(6)
 
 
-@pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parent / "fixtures" / "meshes").iterdir()), ids=lambda file: file.stem
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
 def test_real_open_meshes_fill_as_other_peoples_voxels_of_them(file: Path):
     """IoU with a tolerance of one cell: what lies within a cell of the other solid counts as in both."""
     mesh = meshes.read_mesh(file.read_bytes(), file.suffix)

@@ -65,7 +65,7 @@ TINY_AUTOENCODERS = {
     },
 }
 TINY_FITTINGS = {
-    "meta-learning": {"autoencoder.fitting.rate": 1e-3},
+    "meta-learning": {"autoencoder.fitting.rate": 0.1},
     "auto-decoding": {"autoencoder.fitting.encode_steps": 3},
 }
 TINY_DENOISERS = {
