@@ -24,6 +24,8 @@ def ddmi_furniture_shape() -> Experiment:
     """Occupancy of 351 bundled pieces of furniture; 49 more, of other names, are held out.
 
     python jobs/train_ddmi.py furniture-shape
+
+    Two cores: 9 minutes. Held-out IoU 0.745 from 768 numbers (nearest training shape 0.479).
     """
     autoencoder_samples, prior_samples = 10_000, 400_000
     quick = ddmi.furniture_image()
@@ -121,6 +123,8 @@ def chinr_furniture_shape() -> Experiment:
     """Occupancy of 351 bundled pieces of furniture; 49 more, of other names, are held out.
 
     python jobs/train_chinr.py furniture-shape
+
+    Two cores: 10 minutes. Held-out IoU 0.614 from 320 numbers (nearest training shape 0.479).
     """
     autoencoder_samples = 20_000
     images = chinr.furniture_image()
