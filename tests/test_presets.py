@@ -30,7 +30,7 @@ TINY = {
 TINY_DOMAINS = {
     "image": {"domain.size": 32},
     "shape": {"domain.size": 32, "domain.num_points": 40},
-    "video": {"domain.size": 32, "domain.frames": 4},
+    "video": {"domain.size": 64, "domain.frames": 8},
     "scene": {
         "domain.size": 16,
         "domain.view_size": 16,

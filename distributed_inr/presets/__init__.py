@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from distributed_inr.experiment import Experiment
-from distributed_inr.presets import chinr, ddmi, motions, shapes
+from distributed_inr.presets import chinr, ddmi, motions, scenes, shapes, videos
 
 PRESETS: Mapping[str, Mapping[str, Callable[[], Experiment]]] = MappingProxyType(
-    {"ddmi": ddmi.PRESETS | shapes.DDMI | motions.DDMI, "chinr": chinr.PRESETS | shapes.CHINR | motions.CHINR}
+    {
+        "ddmi": ddmi.PRESETS | shapes.DDMI | videos.DDMI | scenes.DDMI | motions.DDMI,
+        "chinr": chinr.PRESETS | shapes.CHINR | scenes.CHINR | motions.CHINR,
+    }
 )
 """By family, then by name."""
