@@ -49,6 +49,8 @@ def test_matching_is_perfect_for_copies_and_poor_for_one_shape_or_none():
     assert metrics.matching(shapes, shapes) == (pytest.approx(0, abs=1e-6), 1.0)
     distance, coverage = metrics.matching(shapes[:1].expand(4, -1, -1), shapes)
     assert coverage == pytest.approx(1 / 6) and distance > 1
+    near = torch.cat([shapes[:1], shapes[:1] + 0.01])  # both are nearest to one, though each is nearest of some
+    assert metrics.matching(near, shapes)[1] == pytest.approx(1 / 6)
     empty = torch.cat([shapes[:1], torch.full((1, 30, 3), torch.nan)])
     assert metrics.matching(empty, shapes) == (pytest.approx(distance), coverage)
 

@@ -175,6 +175,10 @@ def test_a_picture_shows_the_arms_where_they_are():
     right, left = columns.max() - middle, middle - columns.min()
     above, below = middle - rows.min(), rows.max() - middle
     assert right > left + 10 and above > below + 4 and right > above
+    side = pixel_centres(32)
+    z, y, x = torch.meshgrid(side, side, side, indexing="ij")
+    ball = shaded((0.7 - torch.stack([x, y, z]).norm(dim=0)) * 20 + 0.5, 64, azimuth=0.0, up="y")[0]
+    assert ball[24, 42] > ball[24, 22] + 0.1 and ball[20, 32] > ball[44, 32] + 0.1  # lit from the right and from above
     behind = (shaded(arms().float(), 64, azimuth=np.pi, up="y") < 0.99).any(0).nonzero()[:, 1]
     assert middle - behind.min() == pytest.approx(right.item(), abs=3)  # from behind it goes left
     turned = shaded(arms().permute(1, 0, 2).float(), 64, azimuth=0.0, up="z")  # y and z exchanged
