@@ -114,7 +114,7 @@ def _plan(
         samples = [num_samples // num_shards + (i < num_samples % num_shards) for i in range(num_shards)]
     total = sum(samples) if samples else None
 
-    settled = experiment.settle(total or _MANY)
+    settled = experiment.settle(total or _MANY, {} if index is None else index.protocol)
     if total is None and settled != experiment:
         notes.append(f"{_MANY:,} signals are assumed where the prior's size depends on their number")
     experiment = settled

@@ -18,6 +18,7 @@ from distributed_inr.experiment import Experiment
 from distributed_inr.field import Field
 from distributed_inr.launch import launcher
 from distributed_inr.models.latent_fitting import AutoDecoding
+from distributed_inr.plan import plan
 from distributed_inr.run_folder import Stage
 from distributed_inr.worker import Worker
 
@@ -213,6 +214,13 @@ def test_ones_own_file_is_opened_and_another_is_one_clear_line(kind: str, tmp_pa
         with pytest.raises(ValueError, match=path.name) as caught:
             domain.open(path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_domain_is_planned_for(kind: str, folders: dict[str, Path]):
+    found = plan(tiny_experiment(kind, "ddmi", folders[kind]), num_workers=1, device="cpu")
+    assert len(found.trainings) == 2 and found.data is not None and found.data.num_samples == 6
 
 
 def test_a_set_of_another_domain_is_refused(folders: dict[str, Path]):

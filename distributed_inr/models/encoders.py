@@ -264,7 +264,7 @@ class ClipTransformer(nn.Module):
         self.place = nn.Parameter(torch.zeros(1, 1, height * width, cfg.dim))
         self.time = nn.Parameter(torch.zeros(1, frames, 1, cfg.dim))
         for embedding in (self.place, self.time):
-            nn.init.trunc_normal_(embedding, std=0.02)
+            nn.init.normal_(embedding, std=0.02)
         self.blocks = nn.ModuleList(SpaceTimeBlock(cfg.dim, cfg.dim // cfg.head_dim) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.dim)
         self.heads = nn.ModuleList(nn.Conv2d(cfg.dim, out_channels, 1) for _ in range(3))
