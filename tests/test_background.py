@@ -7,7 +7,7 @@ import pytest
 
 ENDINGS = {
     "freeing tensors": "thread.submit(tensors.clear)",
-    "multiplying": "thread.submit(lambda: [torch.ones(200, 200) @ torch.ones(200, 200) for _ in range(100)])",
+    "multiplying": "thread.submit(lambda: [torch.ones(200, 200) @ torch.ones(200, 200) for _ in range(300)])",
 }
 
 

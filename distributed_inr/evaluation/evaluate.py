@@ -221,16 +221,9 @@ def _neighbours(
 
 
 def _distances(
-    model: FieldModel,
-    samples: Tensor,
-    training: Split,
-    held_out: Split | None,
-    bar: "Bar",
-    left_out: dict[str, str],
+    model: FieldModel, samples: Tensor, training: Split, held_out: Split | None, bar: "Bar", left_out: dict[str, str]
 ) -> dict[str, Any]:
-    """Distances between the distributions of samples and of training signals: on networks' features of their
-    pictures, and between their surfaces where they have one.
-    """
+    """Distances between samples and training signals: on networks' features of their pictures, and of surfaces."""
     evaluation, domain = model.experiment.evaluation, model.domain
     if evaluation.num_samples < 2:
         reason = f"evaluation.num_samples={evaluation.num_samples}: distances between distributions need 2 or more"
