@@ -39,6 +39,7 @@ DDMI = """
 
 
 LONG = 24_000
+CHECKPOINTS = "prior/checkpoints/*/manifest.json"
 
 
 class Sweep:
@@ -77,6 +78,13 @@ class Sweep:
         """Samples that a stage had seen each time that it was started."""
         return [int(n) for n in re.findall(r"a step, (\d+) of \d+ samples done", (stage / "log.txt").read_text())]
 
+    def kept(self) -> dict[str, int]:
+        """By trial: the samples its prior had seen at its last checkpoint; 0 before the first."""
+        return {
+            name: max([int(path.parent.name) for path in self.run_folder(name).glob(CHECKPOINTS)], default=0)
+            for name in self.trials()
+        }
+
     def rows(self) -> list[dict[str, str]]:
         return list(csv.DictReader((self.folder / "trials.csv").read_text().splitlines()))
 
@@ -90,11 +98,8 @@ def wait_until(true: Callable[[], bool], process: subprocess.Popen, log: Path, *
 
 def halfway(sweep: Sweep) -> str | None:
     """A trial that has a checkpoint of its prior, and most of the way before it."""
-    for name, trial in sweep.trials().items():
-        kept = [int(path.parent.name) for path in sweep.run_folder(name).glob("prior/checkpoints/*/manifest.json")]
-        if trial["status"] == "running" and kept and max(kept) < LONG / 3:
-            return name
-    return None
+    kept, trials = sweep.kept(), sweep.trials()
+    return next((name for name in kept if trials[name]["status"] == "running" and 0 < kept[name] < LONG / 3), None)
 
 
 def test_a_killed_sweep_and_a_killed_trial_go_on_and_nothing_is_lost_or_repeated(local_ray: LocalRay, tmp_path: Path):
@@ -112,6 +117,7 @@ def test_a_killed_sweep_and_a_killed_trial_go_on_and_nothing_is_lost_or_repeated
     driver.wait()
     cut = halfway(sweep)
     assert cut is not None
+    kept = sweep.kept()
     done = {name: trial for name, trial in sweep.trials().items() if trial["status"] == "finished"}
     times = {name: (sweep.run_folder(name) / "prior" / "model.safetensors").stat().st_mtime_ns for name in done}
     assert 1 <= len(done) <= 3
@@ -122,6 +128,7 @@ def test_a_killed_sweep_and_a_killed_trial_go_on_and_nothing_is_lost_or_repeated
     assert victim is not None
     held_by = re.match(r"process (\d+)", (sweep.run_folder(victim) / ".lock").read_text())
     assert held_by is not None and int(held_by[1]) != driver.pid
+    kept_by_victim = sweep.kept()[victim]
     os.kill(int(held_by[1]), signal.SIGKILL)
     assert driver.wait(400) == 0, sweep.log.read_text()
 
@@ -132,12 +139,13 @@ def test_a_killed_sweep_and_a_killed_trial_go_on_and_nothing_is_lost_or_repeated
         lines = (sweep.run_folder(name) / "prior" / "metrics.jsonl").read_text().splitlines()
         assert json.loads(lines[-1])["samples"] == LONG
         starts = sweep.starts(sweep.run_folder(name) / "prior")
-        assert all(start > 0 for start in starts[1:]), f"{name} began again: {starts}"
+        assert starts[0] == 0 and all(start >= kept.get(name, 0) for start in starts[1:]), (name, starts, kept)
+        assert len(starts) <= 1 + (name in kept) + (name == victim), (name, starts)
     for name, trial in done.items():
         assert trials[name] == trial
         assert (sweep.run_folder(name) / "prior" / "model.safetensors").stat().st_mtime_ns == times[name]
-    for name in (cut, victim):
-        assert len(sweep.starts(sweep.run_folder(name) / "prior")) >= 2
+    for name, at_least in ((cut, kept[cut]), (victim, kept_by_victim)):
+        assert sweep.starts(sweep.run_folder(name) / "prior")[-1] >= at_least > 0
     assert sweep.starts(sweep.folder / "shared" / "chinr" / "shared" / "autoencoder") == [0]  # by all, once
     assert (sweep.run_folder(cut) / "autoencoder").is_symlink()
     assert "| 5 | ours | " in (sweep.folder / "report.md").read_text()

@@ -5,7 +5,7 @@ from ray import tune
 SPACE = {
     "prior.denoiser.kind": tune.choice(["mlp", "unet"]),
     "prior.denoiser.width": tune.choice([256, 544]),
-    "prior.denoiser.channels": tune.choice([32, 64]),
+    "prior.denoiser.channels": tune.choice([64, 128]),
     "prior.denoiser.multipliers": tune.choice([(1, 2), (1, 2, 2)]),
     "prior_training.optim.lr": tune.loguniform(5e-4, 5e-3),
 }
