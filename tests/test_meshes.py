@@ -104,6 +104,17 @@ def test_what_reaches_the_border_is_closed_there():
         meshes.from_grid(np.zeros((8, 8, 8), np.float32))
 
 
+def test_surfaces_through_cell_centres_stay_closed_in_single_precision():
+    generator = np.random.default_rng(0)
+    values = ndimage.gaussian_filter(generator.normal(size=(24, 24, 24)), 1.5).astype(np.float32) * 10
+    values.flat[generator.integers(0, values.size, 100)] = 0.5
+    values.flat[generator.integers(0, values.size, 400)] = 0.5 + generator.normal(size=400) * 1e-7
+    vertices, faces = meshes.from_grid(values)
+    mesh = trimesh.Trimesh(vertices.astype(np.float32), faces, process=False)
+    mesh.merge_vertices()
+    assert mesh.is_watertight
+
+
 def test_surface_points_are_spread_by_area():
     plates = trimesh.util.concatenate(
         [

@@ -28,6 +28,9 @@ _FINE_CELLS = 128
 _SAMPLES_A_CELL = 16
 """Surface samples over the square of a fine cell's side: enough to leave no holes."""
 _MAX_SAMPLES = 20_000_000
+_LEAST_STEP = 1e-3
+"""How near, of its range, a grid's values come to the level of its surface: vertices lie a thousandth of a cell apart.
+"""
 _LOOK = (1.2, 1.8, 2.5, 3.2)
 """How far from the surface, in fine cells, is looked for its inside; nearer, its own cells are in the way."""
 
@@ -204,6 +207,10 @@ def from_grid(
         side = "below" if high <= level else "above"
         raise ValueError(f"all values of the grid lie {side} {level}: there is no surface")
     padded = np.pad(values, 1, constant_values=low)
+    # Where a value is the level itself, vertices of several edges fall into one place, and surfaces touch themselves.
+    least = _LEAST_STEP * (high - low)
+    near = np.flatnonzero(np.abs(padded - level) < least)
+    padded.flat[near] = level + np.where(padded.flat[near] < level, -least, least)
     vertices, faces, _, _ = marching_cubes(padded, level=level, gradient_direction="ascent")
     spans = np.array(values.shape)
     vertices = (vertices - 1 + 0.5) * 2 / spans - 1  # cell centres to coordinates
