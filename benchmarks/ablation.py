@@ -15,7 +15,7 @@ import torch
 
 from distributed_inr.config import override, to_json
 from distributed_inr.evaluation import metrics
-from distributed_inr.evaluation.evaluate import Split
+from distributed_inr.evaluation.splits import Split
 from distributed_inr.experiment import Experiment
 from distributed_inr.generation import load
 from distributed_inr.launch import launcher

@@ -22,7 +22,7 @@ from distributed_inr.config import override
 from distributed_inr.data.shard_writer import ShardWriter
 from distributed_inr.domains.domain import seeds_for
 from distributed_inr.evaluation import metrics
-from distributed_inr.evaluation.evaluate import Split, spread
+from distributed_inr.evaluation.splits import Split, spread
 from distributed_inr.generation import FieldModel
 from distributed_inr.models.d2c_vae import D2CVAEModel
 from distributed_inr.models.hierarchical_diffusion import HierarchicalDiffusionModel

@@ -1,7 +1,12 @@
 """What holds for every domain, and for every domain with both families of models."""
 
 import dataclasses
+import json
+import multiprocessing
+import os
+import re
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
 
 import pytest
@@ -11,15 +16,12 @@ from tiny_domains import DOMAINS, FAMILIES, autoencoder, own_file, protocol, tin
 import distributed_inr as dinr
 from distributed_inr import pipeline
 from distributed_inr.config import from_json, override, to_json
-from distributed_inr.data.shards import load_index
 from distributed_inr.domains import AnyDomain, Domain, Signal, collate
 from distributed_inr.evaluation import metrics
 from distributed_inr.experiment import Experiment
 from distributed_inr.field import Field
-from distributed_inr.launch import launcher
 from distributed_inr.models.latent_fitting import AutoDecoding
 from distributed_inr.plan import plan
-from distributed_inr.run_folder import Stage
 from distributed_inr.worker import Worker
 
 KINDS = list(DOMAINS)
@@ -159,11 +161,13 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_parts(kind: str, family: str, 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "image"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_whole_run_is_made_cut_and_gone_on_with(kind: str, family: str, folders: dict[str, Path], tmp_path: Path):
-    experiment = tiny_experiment(kind, family, folders[kind])
+def test_a_whole_run_is_made_killed_and_gone_on_with(kind: str, family: str, folders: dict[str, Path], tmp_path: Path):
+    experiment = override(tiny_experiment(kind, family, folders[kind]), {"autoencoder_training.num_samples": 24})
     whole = pipeline.run(override(experiment, {"output": str(tmp_path / "whole")}))
     found = (whole["run"] / "report.md").read_text()
     assert metrics.FORMATS[settled(kind).metrics[0]][0] in found and "reconstructions.png" in found
+    measured = json.loads((whole["run"] / "evaluation.json").read_text())
+    assert ("train" in measured) == bool(kept := settled(kind).kept_back) == (f"{kept} kept from training" in found)
 
     model = dinr.load(whole["run"])
     assert model.domain == settled(kind) or kind == "scene"
@@ -180,28 +184,33 @@ def test_a_whole_run_is_made_cut_and_gone_on_with(kind: str, family: str, folder
         else:
             assert (tmp_path / f"sample{suffix}").stat().st_size > 0
 
-    cut = override(experiment, {"output": str(tmp_path / "cut")})
-    settled_cut = cut.settle(6, load_index(str(folders[kind] / "train")).protocol)
-    interrupt(settled_cut)
-    pipeline.run(cut)
+    killed = override(experiment, {"output": str(tmp_path / "killed")})
+    process = multiprocessing.get_context("spawn").Process(target=run_until_killed, args=(killed,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -SIGKILL and not list(tmp_path.glob("killed/*/*/*/model.safetensors"))
+    pipeline.run(killed)
     for name in ("autoencoder", "prior"):
-        parts = [tmp_path / part / family / kind / name / "model.safetensors" for part in ("whole", "cut")]
+        parts = [tmp_path / part / family / kind / name / "model.safetensors" for part in ("whole", "killed")]
         assert parts[0].read_bytes() == parts[1].read_bytes()
+    log = (tmp_path / "killed" / family / kind / "autoencoder" / "log.txt").read_text()
+    assert re.findall(r"a step, (\d+) of 24 samples done", log)[-1] != "0", log
 
 
-def interrupt(experiment: Experiment) -> None:
-    """Begin to fit the autoencoder, and stop after the first checkpoint."""
-    stage = Stage(experiment.folder / "autoencoder", {})
+def run_until_killed(experiment: Experiment) -> None:
+    """A run that ends as by kill -9 while its autoencoder is trained, some steps after the first checkpoint."""
+    fit, kept = pipeline.fit_autoencoder, experiment.folder / "autoencoder" / "checkpoints"
 
-    def stop_at_once(worker: Worker) -> None:
-        pipeline.fit_autoencoder(dataclasses.replace(worker, stop=lambda: True), experiment=experiment, stage=stage)
+    def kill_once_kept() -> bool:
+        if any(kept.glob("*/manifest.json")):
+            os.kill(os.getpid(), SIGKILL)
+        return False
 
-    stage.folder.mkdir(parents=True)
-    stage.begin({})
-    with launcher(experiment.scale) as place:
-        place.run(stop_at_once, title="interrupted", folder=stage.folder)
-    assert not (stage.folder / "model.safetensors").exists() and any((stage.folder / "checkpoints").iterdir())
-    (stage.folder / "stage.json").unlink()
+    def fit_until_killed(worker: Worker, **options: Any) -> None:
+        fit(dataclasses.replace(worker, stop=kill_once_kept), **options)
+
+    pipeline.fit_autoencoder = fit_until_killed
+    pipeline.run(experiment)
 
 
 @pytest.mark.parametrize("kind", KINDS)

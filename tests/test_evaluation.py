@@ -12,7 +12,7 @@ from tiny_run import write_pictures, write_run
 
 import distributed_inr as dinr
 from distributed_inr.evaluation import metrics
-from distributed_inr.evaluation.evaluate import Split, spread
+from distributed_inr.evaluation.splits import Split, spread
 from distributed_inr.models.torchvision_cpu import import_torchvision
 from distributed_inr.training import checkpoint
 from distributed_inr.training.engine import Optim, Scale, build_engine
@@ -201,12 +201,12 @@ def test_evaluation_writes_pictures_and_a_report_that_shows_them(evaluated: Path
 
 
 def test_training_pictures_are_their_own_nearest_neighbours_mirrored_or_not(tmp_path: Path):
-    from distributed_inr.evaluation.evaluate import Bar, _survey
+    from distributed_inr.evaluation.splits import survey
 
     write_pictures(tmp_path / "train", 12, seed=1)
     model = dinr.load(write_run(tmp_path, data__val=None))
     training = Split(model, model.experiment.data.train)
-    known = _survey(training, Bar(None, model, training, None))
+    known = survey(training, lambda _: None)
     pictures = (torch.stack([training.dataset.signal(n)[0].inputs for n in (3, 11)]) + 1) / 2
     pictures[1] = pictures[1].flip(-1)
     distances, places = known.nearest(model.domain.thumbnails(pictures))

@@ -22,7 +22,8 @@ from distributed_inr.config import differences, to_dict
 from distributed_inr.domains import Domain, Signal
 from distributed_inr.domains.domain import seeds_for
 from distributed_inr.evaluation import metrics
-from distributed_inr.evaluation.evaluate import Split, check_pipe
+from distributed_inr.evaluation.evaluate import check_pipe
+from distributed_inr.evaluation.splits import Split
 from distributed_inr.generation import FieldModel
 
 SHOWN = 8

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from distributed_inr.data import storage
 from distributed_inr.data.reader import read_latent
-from distributed_inr.evaluation.evaluate import Split, check_pipe, spread
+from distributed_inr.evaluation.evaluate import check_pipe
+from distributed_inr.evaluation.splits import Split, spread
 from distributed_inr.files import check_resolution
 from distributed_inr.generation import FieldModel
 from distributed_inr.models.hierarchical_diffusion import HierarchicalDiffusionModel

@@ -150,6 +150,9 @@ class Domain(ABC):
     """Names in `evaluation.metrics.METRICS`; the first decides in tables."""
     noun: ClassVar[str]
     """What one signal is called in reports, such as picture."""
+    kept_back: ClassVar[str] = ""
+    """What of each training signal training never sees, where `truth` and `reproduce` are about that; of scenes, views.
+    """
     suffixes: ClassVar[tuple[str, ...]]
     """Of the files that `save` writes; the first where nothing else is asked for."""
     unit: ClassVar[str]

@@ -93,6 +93,7 @@ class Scene(Domain):
     input_dim: ClassVar[int] = 6
     metrics: ClassVar[tuple[str, ...]] = ("clip_psnr", "clip_ssim")
     noun: ClassVar[str] = "scene"
+    kept_back: ClassVar[str] = "views"
     suffixes: ClassVar[tuple[str, ...]] = (*_VIDEO_SUFFIXES, ".png", *scene_mesh.SUFFIXES)
     unit: ClassVar[str] = "px"
     fine: ClassVar[int] = 2

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from distributed_inr.data import storage
-from distributed_inr.domains.domain import Signal, collate
 from distributed_inr.evaluation import metrics, report
+from distributed_inr.evaluation.reconstructions import kept_back, reconstructions
+from distributed_inr.evaluation.splits import MAX_TRAINING_SIGNALS, SHOWN, Known, Split, survey
 from distributed_inr.field import Field
 from distributed_inr.files import make_folder
 from distributed_inr.generation import FieldModel, load, set_weights
@@ -25,12 +26,8 @@ from distributed_inr.training import checkpoint
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with (signals done, of how many, {})."""
 
-MAX_TRAINING_SIGNALS = 2048
-"""Training signals, evenly spaced, that the mean and the nearest neighbours are taken from."""
 CHECKPOINT_SAMPLES = 64
 """Samples drawn from each kept checkpoint of the prior, for the course of KID through training."""
-SHOWN = 8
-"""Signals across `reconstructions.png` and `neighbours.png`."""
 
 
 @torch.no_grad()
@@ -55,11 +52,13 @@ def evaluate(
     result: dict[str, Any] = {"run": f"{experiment.family}/{experiment.name}"}
     left_out: dict[str, str] = {}
 
-    known = _survey(training, bar)
+    known = survey(training, bar.advance)
     if held_out is None:
         left_out["val"] = "data.val is not set: there is nothing held out to reconstruct"
     else:
-        result["val"] = _reconstructions(model, training, held_out, known, pictures, bar)
+        result["val"] = reconstructions(model, training, held_out, known, pictures, bar.advance)
+    if experiment.domain.kept_back:
+        result["train"] = kept_back(model, training, bar.advance)
     if model.prior is None:
         left_out["samples"] = f"{model.folder}/prior/model.safetensors does not exist: the prior is not trained"
     else:
@@ -73,113 +72,6 @@ def evaluate(
     (folder / "report.md").write_text(report.markdown(experiment, result, names))
     bar.finish()
     return result
-
-
-class Split:
-    """The training or the held-out set of a run, in batches on the model's device."""
-
-    def __init__(self, model: FieldModel, url: str) -> None:
-        experiment = model.experiment
-        self.dataset = experiment.dataset(experiment.data.index(url))
-        self.domain, self.device = experiment.domain, model.device
-        self.batch_size = experiment.evaluation.batch_size
-
-    def spread(self, most: int) -> list[int]:
-        """Numbers of at most `most` samples, evenly spaced over the set's own order."""
-        return spread(len(self.dataset), most)
-
-    def batches(self, numbers: Sequence[int]) -> Iterator[Signal]:
-        """The samples of those numbers, without the bad ones."""
-        return (signal for _, signal in self.numbered_batches(numbers))
-
-    def numbered_batches(self, numbers: Sequence[int]) -> Iterator[tuple[list[int], Signal]]:
-        for first in range(0, len(numbers), self.batch_size):
-            part = [(number, *self.dataset.signal(number)) for number in numbers[first : first + self.batch_size]]
-            good = {number: signal for number, signal, is_good in part if is_good}
-            if good:
-                yield list(good), collate(list(good.values())).to(self.device)
-
-    def one(self, number: int) -> Signal:
-        return collate([self.dataset.signal(number)[0]]).to(self.device)
-
-
-class Known:
-    """What is kept of the training signals: their mean, and thumbnails of them and of their augmented copies."""
-
-    def __init__(self, numbers: list[int], mean: Tensor, copies: list[Tensor]) -> None:
-        self.numbers, self.mean, self.copies = numbers, mean, copies
-
-    def nearest(self, thumbnails: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Distance of each thumbnail to its nearest training signal, and that one's (number, copy)."""
-        distances, indices = metrics.nearest(thumbnails, torch.cat(self.copies))
-        places = [(self.numbers[i % len(self.numbers)], i // len(self.numbers)) for i in indices.tolist()]
-        return distances, places
-
-
-def _survey(training: Split, bar: "Bar") -> Known:
-    domain, numbers = training.domain, training.spread(MAX_TRAINING_SIGNALS)
-    total: Tensor | float = 0.0
-    kept, copies = [], []
-    for part, signal in training.numbered_batches(numbers):
-        kept += part
-        total = total + domain.truth(signal).double().sum(0)
-        copies.append([domain.thumbnails(domain.truth(copy)) for copy in domain.copies(signal)])
-        bar.advance(len(part))
-    together = [torch.cat(parts) for parts in zip(*copies, strict=True)]
-    return Known(kept, torch.as_tensor(total).float() / len(kept), together)
-
-
-def _reconstructions(
-    model: FieldModel, training: Split, held_out: Split, known: Known, pictures: report.Pictures, bar: "Bar"
-) -> dict[str, Any]:
-    """Measures of held-out signals' functions, and of what one would have without a model: means over signals."""
-    domain = model.domain
-    numbers = held_out.spread(model.experiment.evaluation.max_reconstructions)
-    latent_numbers = torch.Size(model.autoencoder.latent_shape).numel()
-    shown, done = set(spread(len(numbers), SHOWN)), 0
-    values: dict[str, dict[str, list[Tensor]]] = {}
-
-    def measure(name: str, found: Tensor, truth: Tensor, only: Sequence[str] = domain.metrics) -> None:
-        for metric in only:
-            values.setdefault(name, {}).setdefault(metric, []).append(metrics.METRICS[metric](found, truth).cpu())
-
-    finest = 0
-    for signal in held_out.batches(numbers):
-        fields, truth = model.encode(signal), domain.truth(signal)
-        found = domain.reproduce(fields, signal)
-        measure("", found, truth)
-        naive = domain.naive(signal, numbers=latent_numbers)
-        for name, rendered in naive.items():
-            measure(name, rendered, truth)
-        measure(f"the mean of {len(known.numbers)} training {domain.noun}s", known.mean.expand_as(truth), truth)
-        _, places = known.nearest(domain.thumbnails(truth))
-        near = torch.cat([domain.truth(domain.copies(training.one(number))[copy]) for number, copy in places])
-        measure(f"the nearest training {domain.noun}", near, truth)
-        columns = {"held out": truth, "its function": found, **naive}
-        if (finer := domain.finer_truth(signal)) is not None:  # which the encoder never saw
-            finest, fine_truth = finer
-            read_out = fields.render(finest)
-            measure("finer", read_out, fine_truth, domain.metrics[:1])
-            measure("enlarged", domain.enlarge(found, finest), fine_truth, domain.metrics[:1])
-            columns |= {
-                f"held out, {finest} {domain.unit}": fine_truth,
-                f"its function, {finest} {domain.unit}": read_out,
-            }
-        for row in range(len(signal)):
-            if done + row in shown:
-                one = {name: domain.pictures(column[row : row + 1])[0].cpu() for name, column in columns.items()}
-                pictures.reconstructions.append(one)
-        done += len(signal)
-        bar.advance(len(signal))
-    means = {
-        name: {metric: torch.cat(parts).double().mean().item() for metric, parts in measured.items()}
-        for name, measured in values.items()
-    }
-    result: dict[str, Any] = {**means.pop(""), "signals": done, "latent_numbers": latent_numbers}
-    if finest:
-        read_out, enlarged = (means.pop(name)[domain.metrics[0]] for name in ("finer", "enlarged"))
-        result["finer"] = {"resolution": finest, domain.metrics[0]: read_out, "enlarged": enlarged}
-    return result | {"baselines": means}
 
 
 def _render_samples(model: FieldModel, latents: Tensor, pictures: report.Pictures, bar: "Bar") -> Tensor:
@@ -326,6 +218,8 @@ class Bar:
         self.total = len(training.spread(MAX_TRAINING_SIGNALS))
         if held_out is not None:
             self.total += len(held_out.spread(evaluation.max_reconstructions))
+        if model.domain.kept_back:
+            self.total += len(training.spread(evaluation.max_reconstructions))
         if model.prior is not None:
             self.total += _num_samples(model)
             if evaluation.num_samples >= 2:
@@ -342,12 +236,6 @@ class Bar:
 
     def finish(self) -> None:
         self.advance(self.total - self.done)
-
-
-def spread(length: int, most: int) -> list[int]:
-    """At most `most` of `length` numbers, evenly spaced."""
-    count = min(length, most)
-    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
 
 
 def check_pipe(model: FieldModel, *, allow_pipe: bool) -> None:

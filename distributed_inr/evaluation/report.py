@@ -74,6 +74,8 @@ def markdown(experiment: Experiment, result: dict[str, Any], pictures: list[str]
     val, samples = result.get("val"), result.get("samples", {})
     if val:
         lines += _held_out(experiment, val) + _show(pictures, "reconstructions.png")
+    if "train" in result:
+        lines += _kept_back(experiment, result["train"])
     if samples:
         sampling = experiment.sampling
         lines += ["## Samples", "", f"{sampling.sampler}, {sampling.steps} steps, seed {experiment.seed}.", ""]
@@ -94,22 +96,16 @@ def markdown(experiment: Experiment, result: dict[str, Any], pictures: list[str]
 def _held_out(experiment: Experiment, val: dict[str, Any]) -> list[str]:
     """What was measured of held-out signals, beside what one would have without a model."""
     domain = experiment.domain
-    names = [FORMATS[metric] for metric in domain.metrics]
-    rows = {"its function": val, **val["baselines"]}
     lines = [
         f"## Held-out {domain.noun}s as functions",
         "",
         f"{val['signals']} {domain.noun}s that training never saw, encoded at {domain.size} {domain.unit} into "
         f"{val['latent_numbers']} numbers each ({_found(experiment)}) and read out again. Means over {domain.noun}s.",
         "",
-        f"| | {' | '.join(name for name, _ in names)} |",
-        f"|---|{'---:|' * len(names)}",
+        *_beside_baselines(domain, val),
     ]
-    for name, values in rows.items():
-        cells = [form.format(values[metric]) for metric, (_, form) in zip(domain.metrics, names, strict=True)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
     if "finer" in val:
-        finer, (name, form) = val["finer"], names[0]
+        finer, (name, form) = val["finer"], FORMATS[domain.metrics[0]]
         at = f"{finer['resolution']} {domain.unit}"
         lines += [
             "",
@@ -118,6 +114,29 @@ def _held_out(experiment: Experiment, val: dict[str, Any]) -> list[str]:
             f"{form.format(finer['enlarged'])}.",
         ]
     return [*lines, ""]
+
+
+def _kept_back(experiment: Experiment, train: dict[str, Any]) -> list[str]:
+    """What was measured of training signals where training had not looked."""
+    domain = experiment.domain
+    return [
+        f"## Training {domain.noun}s, {train['what']} kept from training",
+        "",
+        f"{train['signals']} {domain.noun}s, from the latents that they have in the run. Means over {domain.noun}s.",
+        "",
+        *_beside_baselines(domain, train),
+        "",
+    ]
+
+
+def _beside_baselines(domain: AnyDomain, measured: dict[str, Any]) -> list[str]:
+    """A table: a row for the model, and one for each of its baselines."""
+    names = [FORMATS[metric] for metric in domain.metrics]
+    lines = [f"| | {' | '.join(name for name, _ in names)} |", f"|---|{'---:|' * len(names)}"]
+    for what, values in {"its function": measured, **measured["baselines"]}.items():
+        cells = [form.format(values[metric]) for metric, (_, form) in zip(domain.metrics, names, strict=True)]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return lines
 
 
 def _surfaces(samples: dict[str, Any]) -> list[str]:
