@@ -4,15 +4,17 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save as serialise
 from torch import Tensor
 
 from distributed_inr.config import to_json
+from distributed_inr.domains import AnyDomain
 from distributed_inr.domains.domain import seeds_for
 from distributed_inr.experiment import DEFAULT_OUTPUT
 from distributed_inr.field import Field
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _SHEET_PICTURES = 64
 _SHEET_CELL = 256
+_MOST = {"frames": 100_000, "width": 8192, "fps": 1000}
+"""Of a file's options."""
 
 
 def sample_files(
@@ -38,6 +42,7 @@ def sample_files(
     fix_layers: int | None = None,
     branches: int | None = None,
     suffix: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write `count` samples, each to a file of its own, and one sheet of them. Returns their paths, the sheet last.
 
@@ -49,8 +54,10 @@ def sample_files(
         branches: None takes 4.
         suffix: the kind of file, one of the domain's `suffixes`; None takes the first. What cannot be one, such as an
             empty shape as a mesh, is left out with a warning.
+        options: of each file, such as the frames of a clip; None among the values stands for the domain's own.
     """
     resolution, suffix = check_resolution(model, resolution), check_suffix(model, suffix)
+    options = check_options(model.domain, options or {})
     if fix_layers is None and branches is not None:
         raise ValueError(f"branches={branches} redraws layers after held ones; say how many with fix_layers")
     branches = 4 if branches is None else branches
@@ -75,7 +82,7 @@ def sample_files(
     paths, shown = [], []
     for latent in latents:
         paths.append(out / f"{stem}-{len(paths):0{digits}d}{suffix}")
-        rendered = _write(model.decode(latent[None]), resolution, paths[-1])
+        rendered = _write(model.decode(latent[None]), resolution, paths[-1], options)
         if len(shown) < most:
             shown.append(fit(domain.pictures(rendered)[0], min(_SHEET_CELL, max(resolution, 128))))
     if columns is None:
@@ -109,6 +116,7 @@ def reconstruct_files(
     *,
     resolution: int | None = None,
     suffix: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write each file as its function, read out at any resolution, and a sheet with the original beside it.
 
@@ -116,8 +124,10 @@ def reconstruct_files(
         out: None takes `reconstructions` inside the run folder, or in the working directory where the run is read-only.
         resolution: in the domain's `unit`; None takes its base resolution.
         suffix: the kind of file, one of the domain's `suffixes`; None takes the first.
+        options: as for `sample_files`.
     """
     resolution, suffix = check_resolution(model, resolution), check_suffix(model, suffix)
+    options = check_options(model.domain, options or {})
     domain = model.domain
     signals = [domain.open(Path(file)) for file in files]  # all are read before anything is written
     out = make_folder(out or default_folder(model.folder, "reconstructions"))
@@ -127,7 +137,7 @@ def reconstruct_files(
         while out / f"{stem}{suffix}" in paths:
             stem += "-again"
         paths.append(out / f"{stem}{suffix}")
-        rendered = _write(model.encode(signal), resolution, paths[-1])
+        rendered = _write(model.encode(signal), resolution, paths[-1], options)
 
         row = domain.shown(signal) | {f"its function, {resolution} {domain.unit}": domain.pictures(rendered)[0]}
         paths.append(out / f"{stem}-beside.png")
@@ -193,10 +203,22 @@ def check_suffix(model: FieldModel, suffix: str | None) -> str:
     return found
 
 
-def _write(field: Field, resolution: int, path: Path) -> Tensor:
+def check_options(domain: AnyDomain, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a file's options that are given. Raises ValueError where the domain's files have no such option."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        if name not in domain.file_options:
+            known = ", ".join(domain.file_options) or "only a resolution"
+            raise ValueError(f"{name}={value}: the file of a {domain.noun} has {known}; leave {name} out")
+        if not 0 < value <= _MOST[name]:
+            raise ValueError(f"{name}={value} must be above 0 and at most {_MOST[name]}")
+    return given
+
+
+def _write(field: Field, resolution: int, path: Path, options: Mapping[str, Any]) -> Tensor:
     """Write a function, if it can be; returns a rendering of it."""
     try:
-        return field.domain.write(field, resolution, path)
+        return field.domain.write(field, resolution, path, **options)
     except ValueError as error:
         path.unlink(missing_ok=True)  # an earlier call's
         logger.warning("%s is left out: %s", path, error)

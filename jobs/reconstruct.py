@@ -22,8 +22,19 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, help="pixels, cells or frames a side (default: the run's own)")
     parser.add_argument("--out", type=Path, help="folder (default: reconstructions in RUN, or here if it is read-only)")
     parser.add_argument("--format", metavar="SUFFIX", help="kind of file, such as ply or gif (default: the domain's)")
+    parser.add_argument("--frames", type=int, help="of clips and of films around scenes (default: the run's own)")
+    parser.add_argument("--width", type=int, help="of clips, in pixels (default: the resolution, which is the height)")
+    parser.add_argument("--fps", type=float, help="frames a second of the file (default: as long as the clip was)")
     given = parser.parse_args()
-    paths = reconstruct_files(load(given.run), given.files, given.out, resolution=given.resolution, suffix=given.format)
+    options = {"frames": given.frames, "width": given.width, "fps": given.fps}
+    paths = reconstruct_files(
+        load(given.run),
+        given.files,
+        given.out,
+        resolution=given.resolution,
+        suffix=given.format,
+        options=options,
+    )
     print(*paths, sep="\n")
 
 

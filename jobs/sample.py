@@ -28,7 +28,11 @@ def main() -> None:
     parser.add_argument("--fix-layers", type=int, help="hold so many first layers of each sample and redraw the rest")
     parser.add_argument("--branches", type=int, help="with --fix-layers: how often (default: 4)")
     parser.add_argument("--format", metavar="SUFFIX", help="kind of file, such as ply or gif (default: the domain's)")
+    parser.add_argument("--frames", type=int, help="of clips and of films around scenes (default: the run's own)")
+    parser.add_argument("--width", type=int, help="of clips, in pixels (default: the resolution, which is the height)")
+    parser.add_argument("--fps", type=float, help="frames a second of the file (default: as long as the clip was)")
     given = parser.parse_args()
+    options = {"frames": given.frames, "width": given.width, "fps": given.fps}
     paths = sample_files(
         load(given.run),
         given.out,
@@ -40,6 +44,7 @@ def main() -> None:
         fix_layers=given.fix_layers,
         branches=given.branches,
         suffix=given.format,
+        options=options,
     )
     print(*paths, sep="\n")
 

@@ -14,9 +14,10 @@ from tiny_run import smooth_picture, write_run
 
 import distributed_inr as dinr
 from distributed_inr.config import differences
+from distributed_inr.domains import Video
 from distributed_inr.domains.domain import collate, pixel_centres
 from distributed_inr.evaluation.metrics import psnr
-from distributed_inr.files import default_folder, export, reconstruct_files, sample_files
+from distributed_inr.files import check_options, default_folder, export, reconstruct_files, sample_files
 from distributed_inr.presets.ddmi import PRESETS
 
 REPOSITORY = Path(__file__).parent.parent
@@ -171,6 +172,17 @@ def test_sample_files_hold_the_rendered_functions(run: Path, tmp_path: Path):
     expected = model.sample(3, seed=9).render(24)
     for path, picture in zip(paths, expected, strict=False):
         torch.testing.assert_close(read_picture(path), picture, rtol=0, atol=0.51 / 255)
+
+
+def test_options_that_a_file_does_not_have_are_refused_before_anything_is_written(run: Path, tmp_path: Path):
+    model = dinr.load(run)
+    sample_files(model, tmp_path / "all", count=1, options={"frames": None, "width": None, "fps": None})
+    with pytest.raises(ValueError, match="frames=8: the file of a picture has only a resolution; leave frames out"):
+        sample_files(model, tmp_path / "none", options={"frames": 8})
+    assert check_options(Video(), {"frames": 48, "width": 1280, "fps": None}) == {"frames": 48, "width": 1280}
+    with pytest.raises(ValueError, match="width=9000 must be above 0 and at most 8192"):
+        check_options(Video(), {"width": 9000})
+    assert not (tmp_path / "none").exists()
 
 
 def test_reconstructions_keep_pictures_of_one_name_apart(run: Path, tmp_path: Path):

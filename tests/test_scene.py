@@ -319,6 +319,9 @@ def test_films_go_once_around(tmp_path: Path):
     with Image.open(tmp_path / "a.gif") as animation:
         assert getattr(animation, "n_frames", 1) == 3
     assert (tmp_path / "a.mp4").read_bytes()[4:8] == b"ftyp"
+    DOMAIN.write(arms_field(DOMAIN), 24, tmp_path / "b.gif", frames=5, fps=10.0)
+    with Image.open(tmp_path / "b.gif") as animation:
+        assert getattr(animation, "n_frames", 1) == 5 and animation.info["duration"] == 100
     with pytest.raises(ValueError, match=r"a.obj: views are written as .png, .mp4"):
         DOMAIN.save(film[0], tmp_path / "a.obj")
 

@@ -276,7 +276,7 @@ def test_other_suffixes_are_one_clear_line(tmp_path: Path) -> None:
         DOMAIN.save(slanted(6, 8), tmp_path / "clip.txt")
 
 
-def test_streaming_writes_what_rendering_gives_with_one_frame_held(tmp_path: Path) -> None:
+def test_a_file_holds_what_rendering_gives_written_with_one_frame_held(tmp_path: Path) -> None:
     asked: list[int] = []
     domain = Video(size=8, frames=6)
     plain = analytic(domain)
@@ -286,18 +286,19 @@ def test_streaming_writes_what_rendering_gives_with_one_frame_held(tmp_path: Pat
         return plain.function(parameters, coords, view)
 
     field = Field(function, plain.parameters, domain)
-    domain.stream(field, tmp_path / "a.mp4", 18, frames=24, width=32, chunk_points=200)
-    assert max(asked) <= 200 and sum(asked) == 24 * 18 * 32
+    small = domain.write(field, 18, tmp_path / "a.mp4", frames=24, width=32, chunk_points=200)
+    assert max(asked) <= 200 and sum(asked) == 24 * 18 * 32 + small.numel() // 3
+    assert torch.allclose(small, domain.render(plain, 16), atol=1e-5)  # twice the base resolution, for sheets
     with av.open(str(tmp_path / "a.mp4")) as file:
         assert file.streams.video[0].average_rate == 48
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
     expected = slanted(24, 18, 32).permute(0, 2, 3, 1).numpy()
     assert frames.shape == expected.shape and np.abs(frames / 255 - expected).mean() < 0.02
-    domain.stream(field, tmp_path / "c.mp4", 8, fps=30.0)
+    domain.write(field, 8, tmp_path / "c.mp4", fps=30.0)
     with av.open(str(tmp_path / "c.mp4")) as file:
         assert file.streams.video[0].average_rate == 30
     with pytest.raises(ValueError, match="2 functions do not fit in one file"):
-        domain.stream(analytic(domain, 2), tmp_path / "b.mp4", 8)
+        domain.write(analytic(domain, 2), 8, tmp_path / "b.mp4")
 
 
 def test_ones_own_clip_is_its_central_square(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -155,6 +155,8 @@ class Domain(ABC):
     """
     suffixes: ClassVar[tuple[str, ...]]
     """Of the files that `save` writes; the first where nothing else is asked for."""
+    file_options: ClassVar[tuple[str, ...]] = ()
+    """What can be chosen of a file beside its resolution: keywords of `write`."""
     unit: ClassVar[str]
     """What a resolution counts, as it stands in file names: px, cells, frames."""
     fine: ClassVar[int]
@@ -274,11 +276,15 @@ class Domain(ABC):
         """Points on the surface of each rendering, where it has one; NaN where a rendering is empty."""
         return None
 
-    def write(self, field: Field, resolution: int, path: Path) -> Tensor:
+    def write(self, field: Field, resolution: int, path: Path, **options: Any) -> Tensor:
         """Write one function to a file of the kind that the suffix names; returns a rendering of it, for pictures.
 
         Raises ValueError where it cannot be one.
+
+        Args:
+            options: some of `file_options`.
         """
+        assert not options, f"{self.kind} has no {options}"
         rendered = self.render(field, resolution).cpu()
         self.save(rendered[0], path)
         return rendered

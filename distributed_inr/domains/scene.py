@@ -95,6 +95,7 @@ class Scene(Domain):
     noun: ClassVar[str] = "scene"
     kept_back: ClassVar[str] = "views"
     suffixes: ClassVar[tuple[str, ...]] = (*_VIDEO_SUFFIXES, ".png", *scene_mesh.SUFFIXES)
+    file_options: ClassVar[tuple[str, ...]] = ("frames", "fps")
     unit: ClassVar[str] = "px"
     fine: ClassVar[int] = 2
     max_resolution: ClassVar[int] = 4096
@@ -285,9 +286,9 @@ class Scene(Domain):
         """Cameras once around the object."""
         return rays.orbit(count, elevation=self.orbit_elevation, radius=_ORBIT_RADIUS, angle=_ORBIT_ANGLE)
 
-    def film(self, field: Field, resolution: int) -> Views:
-        """Views once around each object."""
-        return self.render(field, resolution, cameras=self.orbit(self.orbit_views))
+    def film(self, field: Field, resolution: int, frames: int | None = None) -> Views:
+        """Views once around each object; None takes `orbit_views` of them."""
+        return self.render(field, resolution, cameras=self.orbit(frames or self.orbit_views))
 
     def _march(
         self, field: Field, cameras: Float[Tensor, "batch views 20"], resolution: int, chunk_points: int
@@ -362,14 +363,23 @@ class Scene(Domain):
             views = F.interpolate(views, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
         return views.unflatten(0, rendered.shape[:2]).flatten(1)
 
-    def write(self, field: Field, resolution: int, path: Path) -> Views:
-        """Once around the object as a video, or its surface as a coloured mesh (.glb, .ply, .obj); else as `save`."""
-        if path.suffix.lower() in scene_mesh.SUFFIXES:
+    def write(
+        self, field: Field, resolution: int, path: Path, *, frames: int | None = None, fps: float | None = None
+    ) -> Views:
+        """Once around the object as a video, or its surface as a coloured mesh (.glb, .ply, .obj); else as `save`.
+
+        Args:
+            frames: of the video.
+            fps: frames a second of the video; None keeps the duration of `orbit_views` frames.
+        """
+        suffix = path.suffix.lower()
+        if suffix in scene_mesh.SUFFIXES:
             scene_mesh.save(field, resolution, path, density=self.density, inside_sphere=self.bounds == "sphere")
+        elif suffix in _VIDEO_SUFFIXES:
+            rate = fps or _FRAME_RATE * (frames or self.orbit_views) / self.orbit_views
+            _save_video(self.film(field, resolution, frames)[0].cpu(), path, rate)
         else:
-            orbit = path.suffix.lower() in _VIDEO_SUFFIXES
-            views = self.film(field, resolution) if orbit else self.render(field, resolution)
-            self.save(views[0].cpu(), path)
+            self.save(self.render(field, resolution)[0].cpu(), path)
         return self.render(field, min(resolution, 2 * self.size)).cpu()
 
     def save(self, rendered: Float[Tensor, "views 3 height width"], path: Path) -> None:
@@ -378,10 +388,13 @@ class Scene(Domain):
         if suffix == ".png":
             to_pillow(self.pictures(rendered[None])[0]).save(path)
         elif suffix in _VIDEO_SUFFIXES:
-            frames = (rendered.clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
-            clips.write(frames, path, rate=_FRAME_RATE)
+            _save_video(rendered, path, _FRAME_RATE)
         else:
             raise ValueError(f"{path.name}: views are written as .png, {', '.join(_VIDEO_SUFFIXES)}; use one of these")
+
+
+def _save_video(views: Float[Tensor, "views 3 height width"], path: Path, rate: float) -> None:
+    clips.write((views.clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).numpy(), path, rate=rate)
 
 
 def _decode_views(record: Record, count: int, size: int) -> UInt8[Tensor, "count 3 size size"]:

@@ -62,9 +62,10 @@ class Video(Domain):
     metrics: ClassVar[tuple[str, ...]] = ("clip_psnr", "clip_ssim")
     noun: ClassVar[str] = "clip"
     suffixes: ClassVar[tuple[str, ...]] = clips.WRITTEN_SUFFIXES
+    file_options: ClassVar[tuple[str, ...]] = ("frames", "width", "fps")
     unit: ClassVar[str] = "px"
     fine: ClassVar[int] = 2
-    max_resolution: ClassVar[int] = 4096  # 3.2 GB in memory for 16 frames; `stream` holds one frame
+    max_resolution: ClassVar[int] = 4096  # 3.2 GB in memory for 16 frames; `write` holds one frame
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -165,20 +166,22 @@ class Video(Domain):
             found[:, :, part] = _to_unit(values).transpose(1, 2)
         return found.unflatten(2, (frames, resolution, width)).transpose(1, 2)
 
-    def stream(
+    def write(
         self,
         field: Field,
-        path: Path,
         resolution: int,
+        path: Path,
         *,
         frames: int | None = None,
         width: int | None = None,
         fps: float | None = None,
         chunk_points: int = 1 << 16,
-    ) -> None:
-        """Render one function into a file frame by frame: of long or large clips, one frame is held.
+    ) -> Float[Tensor, "1 frames 3 height width"]:
+        """Render one function into a file frame by frame: of long or large clips, one frame is held. Returns it at a
+        bounded resolution.
 
         Args:
+            frames, width: as for `render`.
             fps: frames a second of the file; None keeps the clip's duration.
         """
         if len(field) != 1:
@@ -188,18 +191,14 @@ class Video(Domain):
         times = self._times(frames, field.device)
 
         def rendered() -> Iterator[np.ndarray]:
-            for now in tqdm(times.split(1), desc=path.name, unit="frame", disable=None, leave=False):
+            for now in tqdm(times.split(1), desc=path.name, unit="frame", delay=3, disable=None, leave=False):
                 frame = torch.empty(resolution * width, 3, device=field.device)
                 for part, values in evaluate_grid(field, (x, y, now), chunk_points=chunk_points):
                     frame[part] = _to_unit(values[0])
                 yield _to_bytes(frame.unflatten(0, (resolution, width)))
 
         clips.write(rendered(), path, rate=fps or self._rate(frames))
-
-    def write(self, field: Field, resolution: int, path: Path) -> Float[Tensor, "1 frames 3 height width"]:
-        """As `stream`; returns it at a bounded resolution."""
-        self.stream(field, path, resolution)
-        return self.render(field, min(resolution, 2 * self.size)).cpu()
+        return self.render(field, min(resolution, 2 * self.size), chunk_points=chunk_points).cpu()
 
     def truth(self, signal: Signal) -> Float[Tensor, "batch frames 3 size size"]:
         return (signal.inputs.transpose(1, 2) + 1) / 2
