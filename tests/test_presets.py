@@ -1,5 +1,6 @@
 """Every preset's own structure, at tiny width: it trains two steps, encodes and samples."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,28 @@ def test_every_option_can_be_typed(family: str, name: str):
         words = value if isinstance(value, tuple) else [value]
         argv += ["--" + path.replace("_", "-"), *("none" if word is None else str(word) for word in words)]
     assert parse(argv, PRESETS[family], default="", description="") == preset
+
+
+WITH_COUNTS = [
+    (family, name)
+    for family in PRESETS
+    for name in PRESETS[family]
+    if "Parameters: " in str(PRESETS[family][name].__doc__)
+]
+
+
+@pytest.mark.parametrize(("family", "name"), WITH_COUNTS)
+def test_presets_have_as_many_parameters_as_they_say(family: str, name: str):
+    told = re.search(r"Parameters: ([\d.,]+(?: M \+ [\d.,]+)*) M(?: and ([\d.,]+) M)?", str(PRESETS[family][name].__doc__))
+    assert told is not None
+    experiment = PRESETS[family][name]()
+    with torch.device("meta"):
+        autoencoder = experiment.autoencoder.build(experiment.domain)
+        parts = [(autoencoder, told[1].split(" M + "))]
+        if told[2]:
+            parts.append((experiment.prior.build(autoencoder.latent_shape), [told[2]]))
+    for module, terms in parts:
+        count = sum(parameter.numel() for parameter in module.parameters()) / 1e6
+        numbers = [term.replace(",", "") for term in terms]
+        rounding = sum(0.501 * 10.0 ** -len(number.partition(".")[2]) for number in numbers)
+        assert abs(count - sum(map(float, numbers))) <= rounding, (count, terms)

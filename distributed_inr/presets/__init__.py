@@ -13,7 +13,7 @@ from distributed_inr.presets import chinr, ddmi, motions, scenes, shapes, videos
 PRESETS: Mapping[str, Mapping[str, Callable[[], Experiment]]] = MappingProxyType(
     {
         "ddmi": ddmi.PRESETS | shapes.DDMI | videos.DDMI | scenes.DDMI | motions.DDMI,
-        "chinr": chinr.PRESETS | shapes.CHINR | scenes.CHINR | motions.CHINR,
+        "chinr": chinr.PRESETS | shapes.CHINR | videos.CHINR | scenes.CHINR | motions.CHINR,
     }
 )
 """By family, then by name."""

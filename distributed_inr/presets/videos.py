@@ -6,13 +6,15 @@ from dataclasses import replace
 from distributed_inr.data.reader import Data
 from distributed_inr.domains import Video
 from distributed_inr.experiment import Evaluation, Experiment, Sampling
-from distributed_inr.models import D2CVAE, LatentDiffusion
+from distributed_inr.models import D2CVAE, LatentDiffusion, LayersOfExperts
 from distributed_inr.models.denoisers import UNet
 from distributed_inr.models.encoders import ClipEncoder
-from distributed_inr.presets import ddmi
+from distributed_inr.models.latent_fitting import MetaLearning
+from distributed_inr.presets import chinr, ddmi
 from distributed_inr.training.engine import Optim
 from distributed_inr.training.loop import Training
 
+_CONCERT = Data(train="bundled:concert/train", val="bundled:concert/val", num_streams=8)
 _SKY = 35_000
 """About so many clips of 16 frames in SkyTimelapse's training part."""
 
@@ -24,35 +26,42 @@ def ddmi_concert() -> Experiment:
 
     Ours: not run.
     """
-    autoencoder_samples, prior_samples = 10_000, 200_000
+    autoencoder_samples, prior_samples = 7_000, 60_000
     quick = ddmi.furniture_image()
     return replace(
         quick,
         name="concert",
         domain=Video(size=64, frames=16, flip=False),
-        data=Data(train="bundled:concert/train", val="bundled:concert/val", num_streams=8),
+        data=_CONCERT,
         autoencoder=D2CVAE(
-            encoder=ClipEncoder(dim=64, depth=2, head_dim=32, patch=8),
+            # Wider decoders learn more from a clip, but fewer clips meanwhile (LOG.md).
+            encoder=ClipEncoder(dim=32, depth=1, head_dim=32, patch=4),
             latent_channels=8,
-            decoder_channels=16,
+            decoder_channels=8,
             decoder_multipliers=(1, 2, 4),
             decoder_blocks=0,
-            field_channels=32,
+            field_channels=16,
             plane_mixing="concatenate",
             readout_width=64,
-            num_points=1024,
+            num_points=4096,
             kl_weight=1e-7,
             kl_anneal_samples=autoencoder_samples * 9 // 10,
         ),
         autoencoder_training=replace(
             quick.autoencoder_training,
             num_samples=autoencoder_samples,
-            batch_size=4,
-            optim=replace(quick.autoencoder_training.optim, lr=2e-3),
-            checkpoint_every_samples=2_500,
+            batch_size=2,
+            optim=replace(quick.autoencoder_training.optim, lr=4e-3, warmup_samples=200),
+            ema_half_life_samples=200,
+            checkpoint_every_samples=autoencoder_samples // 4,
         ),
         prior_training=replace(
-            quick.prior_training, num_samples=prior_samples, checkpoint_every_samples=prior_samples // 4
+            quick.prior_training,
+            num_samples=prior_samples,
+            batch_size=64,
+            optim=replace(quick.prior_training.optim, lr=1e-3),
+            ema_half_life_samples=5_000,
+            checkpoint_every_samples=prior_samples // 4,
         ),
         evaluation=Evaluation(num_samples=64),
     )
@@ -105,4 +114,39 @@ def ddmi_skytimelapse() -> Experiment:
     )
 
 
+def chinr_concert() -> Experiment:
+    """49 clips of a concert, 16 frames of 64 pixels; 9 later ones are held out.
+
+    python jobs/train_chinr.py concert
+
+    Ours: not run.
+    """
+    autoencoder_samples, prior_samples = 12_000, 60_000
+    images = chinr.furniture_image()
+    return replace(
+        images,
+        name="concert",
+        domain=Video(size=64, frames=16, flip=False),
+        data=_CONCERT,
+        autoencoder=LayersOfExperts(
+            num_layers=5,
+            num_experts=64,
+            width=64,
+            latent_dim=64,
+            num_points=1024,
+            omega=15.0,
+            expert_scale="sqrt",
+            fitting=MetaLearning(rate=6e-4, num_points=1024),
+        ),
+        autoencoder_training=replace(
+            images.autoencoder_training, num_samples=autoencoder_samples, checkpoint_every_samples=3_000
+        ),
+        prior_training=replace(
+            images.prior_training, num_samples=prior_samples, checkpoint_every_samples=prior_samples // 4
+        ),
+        evaluation=Evaluation(num_samples=64),
+    )
+
+
 DDMI: dict[str, Callable[[], Experiment]] = {"concert": ddmi_concert, "skytimelapse": ddmi_skytimelapse}
+CHINR: dict[str, Callable[[], Experiment]] = {"concert": chinr_concert}
