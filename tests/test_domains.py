@@ -17,9 +17,10 @@ import distributed_inr as dinr
 from distributed_inr import pipeline
 from distributed_inr.config import from_json, override, to_json
 from distributed_inr.domains import AnyDomain, Domain, Signal, collate
-from distributed_inr.evaluation import metrics
+from distributed_inr.evaluation import evaluate, metrics
 from distributed_inr.experiment import Experiment
 from distributed_inr.field import Field
+from distributed_inr.files import export
 from distributed_inr.models.latent_fitting import AutoDecoding
 from distributed_inr.plan import plan
 from distributed_inr.worker import Worker
@@ -183,6 +184,10 @@ def test_a_whole_run_is_made_killed_and_gone_on_with(kind: str, family: str, fol
             assert "there is no surface" in str(error) or ".bvh needs channels" in str(error)
         else:
             assert (tmp_path / f"sample{suffix}").stat().st_size > 0
+
+    if kept and family == "chinr":
+        export(whole["run"], tmp_path / "exported")
+        assert "exported runs are without" in evaluate(tmp_path / "exported")["left_out"]["train"]
 
     killed = override(experiment, {"output": str(tmp_path / "killed")})
     process = multiprocessing.get_context("spawn").Process(target=run_until_killed, args=(killed,))

@@ -121,7 +121,9 @@ WITH_COUNTS = [
 
 @pytest.mark.parametrize(("family", "name"), WITH_COUNTS)
 def test_presets_have_as_many_parameters_as_they_say(family: str, name: str):
-    told = re.search(r"Parameters: ([\d.,]+(?: M \+ [\d.,]+)*) M(?: and ([\d.,]+) M)?", str(PRESETS[family][name].__doc__))
+    told = re.search(
+        r"Parameters: ([\d.,]+(?: M \+ [\d.,]+)*) M(?: and ([\d.,]+) M)?", str(PRESETS[family][name].__doc__)
+    )
     assert told is not None
     experiment = PRESETS[family][name]()
     with torch.device("meta"):

@@ -22,6 +22,7 @@ from distributed_inr.files import make_folder
 from distributed_inr.generation import FieldModel, load, set_weights
 from distributed_inr.models import LatentPrior
 from distributed_inr.training import checkpoint
+from distributed_inr.training.checkpoint_reader import BANK
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with (signals done, of how many, {})."""
@@ -58,7 +59,11 @@ def evaluate(
     else:
         result["val"] = reconstructions(model, training, held_out, known, pictures, bar.advance)
     if experiment.domain.kept_back:
-        result["train"] = kept_back(model, training, bar.advance)
+        bank = model.folder / "autoencoder" / BANK
+        if experiment.bank is not None and not bank.is_file():
+            left_out["train"] = f"{bank} does not exist: exported runs are without the latents of their training set"
+        else:
+            result["train"] = kept_back(model, training, bar.advance)
     if model.prior is None:
         left_out["samples"] = f"{model.folder}/prior/model.safetensors does not exist: the prior is not trained"
     else:

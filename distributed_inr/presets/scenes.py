@@ -25,9 +25,10 @@ def ddmi_furniture_scene() -> Experiment:
 
     python jobs/train_ddmi.py furniture-scene
 
-    Ours: not run.
+    Two cores: 10 minutes. 20.9 dB on views kept back of training objects (their nearest training view: 13.7), 18.6 on
+    held-out objects.
     """
-    autoencoder_samples, prior_samples = 5_000, 40_000
+    autoencoder_samples, prior_samples = 5_000, 30_000
     quick = ddmi.furniture_image()
     return replace(
         quick,
@@ -113,7 +114,8 @@ def chinr_furniture_scene() -> Experiment:
 
     python jobs/train_chinr.py furniture-scene
 
-    Ours: not run.
+    Two cores: 6 minutes. 23.6 dB on views kept back of training objects (their nearest training view: 13.7), 17.6 on
+    held-out objects.
     """
     autoencoder_samples, prior_samples = 20_000, 40_000
     images = chinr.furniture_image()

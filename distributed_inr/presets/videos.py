@@ -24,9 +24,9 @@ def ddmi_concert() -> Experiment:
 
     python jobs/train_ddmi.py concert
 
-    Ours: not run.
+    Held out 24.5 dB after 7,000 samples, in 11 minutes of two cores (mean frame: 22.9 dB); shorter here for ten.
     """
-    autoencoder_samples, prior_samples = 7_000, 60_000
+    autoencoder_samples, prior_samples = 5_600, 40_000
     quick = ddmi.furniture_image()
     return replace(
         quick,
