@@ -195,7 +195,7 @@ def _surfaces(
 
     def of(split: Split, chosen: Sequence[int]) -> Tensor:
         parts = [domain.surface(domain.truth(signal), points) for signal in split.batches(chosen)]
-        return torch.cat([part for part in parts if part is not None])
+        return torch.cat([part.cpu() for part in parts if part is not None])  # where the samples are
 
     reference = of(training, numbers)
     distance, coverage = metrics.matching(found, reference)

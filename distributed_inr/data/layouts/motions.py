@@ -138,7 +138,7 @@ def _statistics(training: Sequence[Item], form: Form) -> dict[str, Any]:
             continue  # it is left out, and listed, when the records are written
         first = first or recording
         count, total, squares = count + len(values), total + values.sum(0), squares + np.square(values).sum(0)
-        some.append(values[:: max(1, len(training) * len(values) // _SAMPLED_FRAMES)])
+        some.append(values[:: max(1, len(training) * len(values) // _SAMPLED_FRAMES)].copy())
     if first is None:
         return {}
     mean = total / count
