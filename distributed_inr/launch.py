@@ -287,24 +287,22 @@ class _OnRay:
                 bar.say(text)
             if received and mail.get("stop") is None:
                 mail.put("stop", True)
-            if (found := mail.get("attempt") or 1) > attempt:
-                attempt = found
-                why = (mail.get(f"cause/{attempt - 1}") or "a worker died").strip().splitlines()[-1]
-                bar.say(f"workers restarted, {attempt - 1} of at most {self.scale.max_failures} times: {why}")
-            for text in mail.take("warnings"):
-                bar.say(text)
+            attempt = self._pass_on(mail, bar, attempt, observe)
             if (state := mail.get("progress")) is not None:
                 bar.update(*state)
-            self._pass_on(mail, observe)
+        self._pass_on(mail, bar, attempt, observe)  # what came while the last look waited
+
+    def _pass_on(self, mail: Mail, bar: Bar, attempt: int, observe: Observe | None) -> int:
+        """Says restarts and warnings and hands reports on. Returns the attempt that is under way."""
+        if (found := mail.get("attempt") or 1) > attempt:
+            why = (mail.get(f"cause/{found - 1}") or "a worker died").strip().splitlines()[-1]
+            bar.say(f"workers restarted, {found - 1} of at most {self.scale.max_failures} times: {why}")
         for text in mail.take("warnings"):
             bar.say(text)
-        self._pass_on(mail, observe)
-
-    @staticmethod
-    def _pass_on(mail: Mail, observe: Observe | None) -> None:
         for metrics in mail.take("reports"):
             if observe is not None:
                 observe(metrics)
+        return found
 
     def _gpu(self) -> dict[str, float]:
         return {"GPU": 1} if self.use_gpu else {}

@@ -104,8 +104,19 @@ def test_a_mistake_on_one_worker_is_one_line_and_is_not_tried_again(place: Launc
     assert len(list(tmp_path.glob("ran-1-*"))) == 1
 
 
-def test_fault_23_crash_loop(place: Launcher, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    """the same exception at each restart: stops after scale.max_failures, and shows the first cause."""
+@pytest.mark.parametrize("poll_seconds", [0.5, 60])
+def test_fault_23_crash_loop(
+    place: Launcher,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    poll_seconds: float,
+):
+    """the same exception at each restart: stops after scale.max_failures, and shows the first cause.
+
+    The restart is told of also where all of it falls between two looks.
+    """
+    monkeypatch.setattr("distributed_inr.launch.POLL_SECONDS", poll_seconds)
 
     def work(worker: Worker) -> None:
         if worker.rank == 0:
