@@ -1,57 +1,21 @@
-"""The motion domain: standardisation, cells, frames at any rate, files, and that both models fit motions."""
+"""The motion domain: standardisation, cells, frames at any rate, what its options mean, and what is seen."""
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny_motions import BROKEN, CHANNELS, DOMAIN, FRAMES, PLAIN, motion, signals
 from torch import Tensor
 
 from distributed_inr.config import from_json, override, to_json
-from distributed_inr.domains import Domain, Signal, collate
+from distributed_inr.domains import Domain, collate
 from distributed_inr.domains.domain import pixel_centres
 from distributed_inr.domains.motion import Motion
 from distributed_inr.evaluation.metrics import METRICS
 from distributed_inr.field import Field
-from distributed_inr.models import D2CVAE, LayersOfExperts
-from distributed_inr.models.encoders import PixelEncoder
-from distributed_inr.models.latent_fitting import MetaLearning
-from distributed_inr.randomness import sample_seed
-from distributed_inr.raw import bvh
 from distributed_inr.raw.arrays import write_npy
-
-FRAMES, CHANNELS = 20, 6
-DOMAIN = Motion(
-    size=FRAMES,
-    channels=CHANNELS,
-    content="positions",
-    fps=10.0,
-    mean=(0.5, -1.0, 2.0, 0.0, 3.0, -0.25),
-    deviation=(0.5, 2.0, 0.1, 1.0, 0.25, 4.0),
-    order=(0, 3, 1, 4, 2, 5),
-    parents=(-1, 0),
-    start="kept",
-)
-PLAIN = dataclasses.replace(DOMAIN, content="channels", parents=None)
-
-
-def motion(number: int = 0, frames: int = FRAMES, channels: int = CHANNELS) -> np.ndarray:
-    """Smooth curves, another for each channel and number."""
-    time = np.linspace(0, 1, frames)[:, None]
-    return np.sin(3 * time * (1 + np.arange(channels) % 3) + number + np.arange(channels)).astype(np.float32)
-
-
-def motion_between(frames: int) -> np.ndarray:
-    """The first of these motions at the middles of `frames` equal shares of its time."""
-    place = (np.arange(frames) + 0.5) / frames * FRAMES - 0.5
-    return np.stack([np.interp(place, np.arange(FRAMES), curve) for curve in motion().T], axis=1).astype(np.float32)
-
-
-def signals(count: int, domain: Motion = DOMAIN) -> Signal:
-    records = [{"__key__": f"{i}", "motion.npy": write_npy(motion(i)), "txt": b"a wave"} for i in range(count)]
-    return collate([domain.read(record, sample_seed(0, i)) for i, record in enumerate(records)])
 
 
 def field_of(function, domain: Motion, count: int = 1) -> Field:
@@ -93,8 +57,6 @@ def test_both_precisions_are_read_as_float32(dtype):
     torch.testing.assert_close(DOMAIN.truth(collate([signal]))[0], torch.from_numpy(values).float())
 
 
-BROKEN = motion()
-BROKEN[3, 2] = np.nan
 BOMB = write_npy(np.zeros((2, 6), np.float32)).replace(b"(2, 6)", b"(99999999, 6)").replace(b" " * 8 + b"\n", b"\n")
 
 
@@ -278,147 +240,6 @@ def test_thumbnails_of_one_movement_at_two_places_are_equal():
         "original, 20 frames": (3, 128, 480),
         "what the encoder saw, a row for each channel": (3, 128, 256),
     }
-
-
-# Files
-
-
-@pytest.mark.parametrize("domain", [DOMAIN, PLAIN], ids=["positions", "channels"])
-@pytest.mark.parametrize("suffix", [".npz", ".npy"])
-def test_saved_arrays_are_opened_again(tmp_path: Path, domain: Motion, suffix: str):
-    rendered = domain.truth(signals(1))[0]
-    domain.save(rendered, tmp_path / f"m{suffix}")
-    again = domain.open(tmp_path / f"m{suffix}")
-    torch.testing.assert_close(domain.truth(again)[0], rendered, atol=1e-5, rtol=1e-5)
-    assert again.key == [f"m{suffix}"]
-    finer = domain.enlarge(rendered[None], 2 * FRAMES)[0]
-    domain.save(finer, tmp_path / f"finer{suffix}")
-    if suffix == ".npz":  # it tells its rate, so that it is brought back to the domain's
-        with np.load(tmp_path / "finer.npz") as arrays:
-            assert arrays["fps"] == 20 and len(arrays["positions" if domain is DOMAIN else "channels"]) == 40
-            assert domain is PLAIN or arrays["parents"].tolist() == [-1, 0]
-        torch.testing.assert_close(domain.truth(domain.open(tmp_path / "finer.npz"))[0], finer[::2], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
-def test_animations_have_all_frames_at_the_motions_own_speed(tmp_path: Path, suffix: str):
-    import av
-
-    DOMAIN.save(DOMAIN.truth(signals(1))[0], tmp_path / f"m{suffix}")
-    with av.open(str(tmp_path / f"m{suffix}")) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-        assert container.duration / 1e6 == pytest.approx(FRAMES / DOMAIN.fps, rel=0.06)
-    assert len(frames) == FRAMES and frames[0].shape == (320, 320, 3)
-    assert (frames[0] < 128).any() and not np.array_equal(frames[0], frames[10])
-    with pytest.raises(ValueError, match=r"shows positions of joints, domain.content=channels; write .npz"):
-        PLAIN.save(PLAIN.truth(signals(1))[0], tmp_path / f"n{suffix}")
-
-
-HIERARCHY = """HIERARCHY
-ROOT Hip
-{
-  OFFSET 0 0 0
-  CHANNELS 6 Xposition Yposition Zposition Zrotation Xrotation Yrotation
-  End Site
-  {
-    OFFSET 0 1 0
-  }
-}"""
-
-
-def test_bvh_channels_are_written_as_bvh_and_opened_again(tmp_path: Path):
-    domain = dataclasses.replace(PLAIN, content="bvh", hierarchy=HIERARCHY, mean=(0.0,) * 6, deviation=(1.0,) * 6)
-    rendered = domain.truth(signals(1, domain))[0]
-    domain.save(rendered, tmp_path / "m.bvh")
-    file = bvh.parse((tmp_path / "m.bvh").read_bytes())
-    assert file.hierarchy == HIERARCHY and file.fps == 10
-    torch.testing.assert_close(domain.truth(domain.open(tmp_path / "m.bvh"))[0], rendered, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match=r"m.bvh: .bvh needs channels that come from BVH files"):
-        DOMAIN.save(rendered, tmp_path / "m.bvh")
-    with pytest.raises(ValueError, match=r"m.obj: .obj cannot be written; use .npz"):
-        DOMAIN.save(rendered, tmp_path / "m.obj")
-    (tmp_path / "other.bvh").write_text((tmp_path / "m.bvh").read_text().replace("OFFSET 0 1 0", "OFFSET 0 2 0"))
-    with pytest.raises(ValueError, match=r"other.bvh is not a usable motion: another skeleton"):
-        domain.open(tmp_path / "other.bvh")
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "words"),
-    [
-        (
-            "short.npy",
-            motion(frames=12),
-            r"short.npy is not a usable motion: 12 frames at 10 a second, domain.size=20; g",
-        ),
-        ("wide.npy", motion(channels=9), r"wide.npy is not a usable motion: 9 channels, domain.channels=6; give"),
-        ("nan.npy", BROKEN, r"nan.npy is not a usable motion: 1 of 20 frames have values that are not finite, first 3"),
-        ("cube.npy", np.zeros((2, 2, 2)), r"cube.npy is not a usable motion: an array of shape \[2, 2, 2\]"),
-        ("words.npy", np.array(["a"]), r"words.npy is not a usable motion: not a .npy of version 1.0 .* but <U1"),
-        ("absent.npy", None, r"absent.npy is not a usable motion: cannot be read: No such file"),
-        ("table.csv", "1,2", r"table.csv is not a usable motion: .csv is not one of .npz .npy .bvh"),
-    ],
-)
-def test_ones_own_file_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, name, values, words):
-    if isinstance(values, str):
-        (tmp_path / name).write_text(values)
-    elif values is not None:
-        np.save(tmp_path / name, values)
-    with pytest.raises(ValueError, match=words) as problem:
-        DOMAIN.open(tmp_path / name)
-    assert "\n" not in str(problem.value)
-
-
-def test_ones_own_file_is_placed_and_turned_as_the_training_clips_were(tmp_path: Path):
-    domain = dataclasses.replace(DOMAIN, start="turned", facing=(0.0, 0.0, 0.0, 2.0))
-    walk = np.zeros((FRAMES, 2, 3))
-    walk[:, 0] = [4.0, 5.0, 1.0]
-    walk[:, 0, 0] += np.arange(FRAMES)
-    walk[:, 1] = walk[:, 0] + [1.0, 0.0, 0.5]  # looks along x and goes there
-    np.save(tmp_path / "walk.npy", walk)
-    found = domain.truth(domain.open(tmp_path / "walk.npy"))[0].unflatten(1, (2, 3))
-    torch.testing.assert_close(found[5, 0], torch.tensor([0.0, 5.0, 1.0]), atol=1e-4, rtol=0)
-    torch.testing.assert_close(found[5, 1], torch.tensor([0.0, 6.0, 1.5]), atol=1e-4, rtol=0)
-    kept = DOMAIN.truth(DOMAIN.open(tmp_path / "walk.npy"))[0]
-    torch.testing.assert_close(kept, torch.from_numpy(walk.reshape(FRAMES, -1)).float(), atol=1e-4, rtol=0)
-
-
-# Models
-
-VAE = D2CVAE(
-    encoder=PixelEncoder(channels=8, multipliers=(1, 2, 2, 2), num_blocks=1),
-    latent_channels=4,
-    decoder_channels=8,
-    decoder_multipliers=(1, 2, 2),
-    decoder_blocks=0,
-    field_channels=8,
-    readout_width=16,
-    num_points=120,
-    kl_weight=0.0,
-)
-EXPERTS = LayersOfExperts(
-    num_layers=3, num_experts=4, width=32, latent_dim=8, num_points=120, omega=10.0, fitting=MetaLearning(rate=1e-3)
-)
-
-
-@pytest.mark.parametrize("cfg", [VAE, EXPERTS], ids=["d2c-vae", "layers-of-experts"])
-def test_a_model_fits_a_motion(cfg):
-    torch.manual_seed(0)
-    domain = dataclasses.replace(DOMAIN, mean=(0.0,) * CHANNELS, deviation=(0.7,) * CHANNELS, order=None)
-    model, signal = cfg.build(domain), signals(1, domain)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(120):
-        loss = sum(model(signal).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        field = model.decode(model.posterior(signal)[0])
-        found, finer = domain.render(field, FRAMES), domain.render(field, 2 * FRAMES)
-    truth = domain.truth(signal)
-    assert METRICS["rms_error"](found, truth).item() < 0.3 * truth.std().item()
-    between = torch.from_numpy(motion_between(2 * FRAMES))[None]
-    assert METRICS["rms_error"](finer, between).item() < 0.35 * truth.std().item()
 
 
 def test_the_domain_is_one():
