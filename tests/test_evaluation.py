@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from PIL import Image as PillowImage
 from tiny_run import write_pictures, write_run
 
 import distributed_inr as dinr
+from distributed_inr.domains.image import Image
 from distributed_inr.evaluation import metrics
-from distributed_inr.evaluation.splits import Split, spread
+from distributed_inr.evaluation.splits import SHOWN, Split, spread
 from distributed_inr.models.torchvision_cpu import import_torchvision
 from distributed_inr.training import checkpoint
 from distributed_inr.training.engine import Optim, Scale, build_engine
@@ -212,6 +214,29 @@ def test_training_pictures_are_their_own_nearest_neighbours_mirrored_or_not(tmp_
     distances, places = known.nearest(model.domain.thumbnails(pictures))
     assert places == [(3, 0), (11, 1)]
     assert distances.max() < 1e-3
+
+
+def test_renderings_of_samples_are_let_go_while_others_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All of them may not fit the memory: 2048 clips of 16 frames of 256 px are 26 GB."""
+    alive: set[int] = set()
+    most = 0
+    render = Image.render
+
+    def watched(self: Image, *arguments, **options) -> torch.Tensor:
+        nonlocal most
+        rendered = render(self, *arguments, **options)
+        number = len(alive) and max(alive) + 1
+        alive.add(number)
+        weakref.finalize(rendered, alive.discard, number)
+        most = max(most, len(alive))
+        return rendered
+
+    monkeypatch.setattr(Image, "render", watched)
+    write_pictures(tmp_path / "train", 6, seed=1)
+    run = write_run(tmp_path, data__val=None, evaluation__num_samples=24, evaluation__batch_size=1, sampling__count=1)
+    result = dinr.evaluate(run)
+    assert result["samples"]["kid_efficientnet_lite0"]["samples"] == 24
+    assert most <= SHOWN + 3  # what the sheets show, and the one that is measured
 
 
 def test_what_cannot_be_measured_is_left_out_with_its_reason(tmp_path: Path):
