@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_motions import BROKEN, CHANNELS, DOMAIN, FRAMES, PLAIN, motion, signals
+from tiny_motions import BROKEN, CHANNELS, DOMAIN, FRAMES, HIERARCHY, PLAIN, motion, signals
 from torch import Tensor
 
 from distributed_inr.config import from_json, override, to_json
@@ -185,6 +185,36 @@ def test_what_the_training_set_tells_is_settled_and_what_was_set_stays():
         Motion(size=20).settle({"motion": told})
     with pytest.raises(ValueError, match=r"^domain.mean and domain.deviation are not set"):
         open_domain.read({"__key__": "k", "motion.npy": write_npy(motion())}, 0)
+
+
+@pytest.mark.parametrize(
+    ("domain", "words"),
+    [
+        (
+            PLAIN,
+            r"^domain.content=channels, but the clips of data.train hold positions; try --domain.content pos",
+        ),
+        (
+            dataclasses.replace(PLAIN, content="bvh"),
+            r"^domain.content=bvh, but the clips of data.train hold positions; try --domain.content pos",
+        ),
+        (
+            dataclasses.replace(PLAIN, content=None, hierarchy=HIERARCHY),
+            r"^domain.hierarchy is another skeleton than that of data.train's clips; leave it to the index",
+        ),
+    ],
+)
+def test_a_set_of_another_content_or_skeleton_is_refused(domain: Motion, words: str):
+    told = {
+        "frames": FRAMES,
+        "channels": CHANNELS,
+        "content": "positions",
+        "hierarchy": HIERARCHY.replace("Hip", "Root"),
+    }
+    with pytest.raises(ValueError, match=words) as problem:
+        domain.settle({"motion": told})
+    assert "\n" not in str(problem.value)
+    assert dataclasses.replace(domain, content=None, hierarchy=None).settle({"motion": told}).content == "positions"
 
 
 @pytest.mark.parametrize(

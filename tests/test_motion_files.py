@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_motions import BROKEN, DOMAIN, FRAMES, PLAIN, motion, signals
+from tiny_motions import BROKEN, DOMAIN, FRAMES, HIERARCHY, PLAIN, motion, signals
 
 from distributed_inr.domains.motion import Motion
 from distributed_inr.raw import bvh
@@ -41,18 +41,6 @@ def test_animations_have_all_frames_at_the_motions_own_speed(tmp_path: Path, suf
     assert (frames[0] < 128).any() and not np.array_equal(frames[0], frames[10])
     with pytest.raises(ValueError, match=r"shows positions of joints, domain.content=channels; write .npz"):
         PLAIN.save(PLAIN.truth(signals(1))[0], tmp_path / f"n{suffix}")
-
-
-HIERARCHY = """HIERARCHY
-ROOT Hip
-{
-  OFFSET 0 0 0
-  CHANNELS 6 Xposition Yposition Zposition Zrotation Xrotation Yrotation
-  End Site
-  {
-    OFFSET 0 1 0
-  }
-}"""
 
 
 def test_bvh_channels_are_written_as_bvh_and_opened_again(tmp_path: Path):

@@ -23,6 +23,18 @@ DOMAIN = Motion(
 )
 PLAIN = dataclasses.replace(DOMAIN, content="channels", parents=None)
 
+HIERARCHY = """HIERARCHY
+ROOT Hip
+{
+  OFFSET 0 0 0
+  CHANNELS 6 Xposition Yposition Zposition Zrotation Xrotation Yrotation
+  End Site
+  {
+    OFFSET 0 1 0
+  }
+}"""
+"""Of six channels."""
+
 
 def motion(number: int = 0, frames: int = FRAMES, channels: int = CHANNELS) -> np.ndarray:
     """Smooth curves, another for each channel and number."""

@@ -77,6 +77,7 @@ class Motion(Domain):
     metres: Annotated[float, pydantic.Field(gt=0)] | None = None
     """Metres of a unit of the positions in one's own files."""
 
+    grid_option: ClassVar[str] = "pad"
     coord_dim: ClassVar[int] = 2
     value_dim: ClassVar[int] = 1
     view_dim: ClassVar[int] = 0
@@ -115,6 +116,7 @@ class Motion(Domain):
         return ("joint_error",) if self.content == "positions" else ("rms_error",)
 
     def settle(self, protocol: Mapping[str, Any]) -> "Motion":
+        """What is left open, as the set tells it. Refuses a set of another shape, content or BVH skeleton."""
         known = protocol.get("motion")
         if known is None:
             return self
@@ -125,6 +127,15 @@ class Motion(Domain):
                     f"domain.{option}={own}, but the clips of data.train have {known[name]} {name}; "
                     f"try --domain.{option} {known[name]}"
                 )
+        if self.content is not None and (content := known.get("content", self.content)) != self.content:
+            raise ValueError(
+                f"domain.content={self.content}, but the clips of data.train hold {content}; "
+                f"try --domain.content {content}, or a set of {self.content}"
+            )
+        if self.hierarchy is not None and known.get("hierarchy") not in (None, self.hierarchy):
+            raise ValueError(
+                "domain.hierarchy is another skeleton than that of data.train's clips; leave it to the index"
+            )
         return override(self, {name: known.get(name) for name in _SETTLED if getattr(self, name) is None})
 
     def read(self, record: Record, seed: int) -> Signal:
