@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from distributed_inr.domains import Shape
+from distributed_inr.domains import Motion, Scene, Shape
 from distributed_inr.models.d2c_vae import D2CVAE
-from distributed_inr.models.encoders import ClipEncoder, PointEncoder
+from distributed_inr.models.encoders import ClipEncoder, PixelEncoder, PointEncoder
 from distributed_inr.models.planes import Middle, PlaneAttention, PlaneLayout, interpolate, stack
 
 LAYOUTS = [(8, 8), (8, 8, 8), (8, 8, 4)]
@@ -104,6 +104,10 @@ def test_encoders_that_do_not_fit_a_domain_are_refused():
         D2CVAE(encoder=ClipEncoder()).build(Shape())
     with pytest.raises(ValueError, match="domain.size=30 must be a multiple of the encoder's reduction 4; try 28"):
         D2CVAE(encoder=PointEncoder()).build(Shape(size=30))
+    with pytest.raises(ValueError, match="domain.cells=30 must be a multiple of the encoder's reduction 4; try 28"):
+        D2CVAE(encoder=PointEncoder()).build(Scene(cells=30, size=30))
+    with pytest.raises(ValueError, match="domain.pad=2 must be a multiple of the encoder's reduction 8; try 8"):
+        D2CVAE(encoder=PixelEncoder(multipliers=(1, 2, 4, 4))).build(Motion(channels=66, pad=2))
     with pytest.raises(
         ValueError, match="encoder.dim=100 must be a multiple of autoencoder.encoder.head_dim=64; try 64"
     ):

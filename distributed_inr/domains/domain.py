@@ -135,6 +135,8 @@ class Domain(ABC):
     kind: str
     size: int
     """Base resolution: cells a side of what the encoder sees."""
+    grid_option: ClassVar[str] = "size"
+    """The option whose multiples the cells of `grid` are: what an error about them names."""
     coord_dim: ClassVar[int]
     value_dim: int
     view_dim: ClassVar[int]

@@ -133,10 +133,10 @@ AnyEncoder = Annotated[PixelEncoder | TimmEncoder | PointEncoder | ClipEncoder, 
 def _reduced(domain: Domain, reduction: int, *, axes: int | None = None) -> tuple[int, ...]:
     for cells in domain.grid[:axes]:
         if cells % reduction:
-            what = "domain.size" if cells == domain.size else f"{cells} cells along an axis of the {domain.kind} domain"
+            value = getattr(domain, domain.grid_option)
             raise ValueError(
-                f"{what}={cells} must be a multiple of the encoder's reduction {reduction}; "
-                f"try {max(1, cells // reduction) * reduction}"
+                f"domain.{domain.grid_option}={value} must be a multiple of the encoder's reduction {reduction}; "
+                f"try {max(1, value // reduction) * reduction}"
             )
     return tuple(cells // reduction for cells in domain.grid[:axes])
 
