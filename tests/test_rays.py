@@ -37,6 +37,15 @@ def test_the_principal_point_looks_straight_ahead():
     torch.testing.assert_close(direction, torch.tensor([0.0, 0.0, -1.0]))
 
 
+def test_pixels_are_numbered_view_by_view_and_row_by_row():
+    turned = camera([[0.0, 0.0, 1.0, 4.0], [0.0, 1.0, 0.0, 0.0], [-1.0, 0.0, 0.0, 0.0]])
+    both = torch.stack([camera([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]), turned])
+    origins, directions = rays.pixel_rays(both[None], torch.tensor([[1, 2, 7]]), 2)
+    places = torch.tensor([[0.75, 0.25], [0.25, 0.75], [0.75, 0.75]])
+    expected = rays.camera_rays(both[[0, 0, 1]], places)
+    assert torch.equal(origins[0], expected[0]) and torch.equal(directions[0], expected[1])
+
+
 def test_orbits_look_at_the_origin_with_z_up():
     cameras = rays.orbit(8, elevation=30.0, radius=2.0, angle=0.9)
     origins, directions = rays.camera_rays(cameras, torch.full((8, 2), 0.5))

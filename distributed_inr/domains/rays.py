@@ -12,7 +12,7 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 Bounds = Literal["sphere", "box"]
@@ -28,6 +28,17 @@ def camera_rays(
     own = torch.stack([x, -y, -torch.ones_like(x)], dim=-1)
     directions = (pose[..., :3, :3] @ own[..., None])[..., 0]
     return pose[..., :3, 3], directions / directions.norm(dim=-1, keepdim=True)
+
+
+def pixel_rays(
+    cameras: Float[Tensor, "batch views 20"], pixels: Int64[Tensor, "batch rays"], side: int
+) -> tuple[Float[Tensor, "batch rays 3"], Float[Tensor, "batch rays 3"]]:
+    """Origins and unit directions of the rays through the centres of pixels, which are numbered view by view and row by
+    row.
+    """
+    own = cameras.gather(1, (pixels // side**2)[..., None].expand(-1, -1, cameras.shape[-1]))
+    column, row = pixels % side, pixels // side % side
+    return camera_rays(own, (torch.stack([column, row], dim=-1) + 0.5) / side)
 
 
 def interval(

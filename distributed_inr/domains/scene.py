@@ -1,26 +1,23 @@
 """Scenes: functions of space and direction to density and colour, measured by the rays of posed views."""
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 import pydantic
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
-from PIL import Image as PillowImage
 from torch import Tensor
 from tqdm import tqdm
 
 from distributed_inr import randomness
 from distributed_inr.config import config, override
-from distributed_inr.domains import rays, scene_mesh
+from distributed_inr.domains import rays, scene_mesh, scene_views
 from distributed_inr.domains.domain import Domain, Queries, Record, Signal, caption, collate
-from distributed_inr.domains.image import downscale, to_pillow
+from distributed_inr.domains.image import downscale
 from distributed_inr.field import Field
-from distributed_inr.raw import arrays, clips, posed_views, view_folders
+from distributed_inr.raw import posed_views, view_folders
 from distributed_inr.raw.posed_views import CAMERA_DIM, Ground
 
 Views = Float[Tensor, "batch views 3 height width"]
@@ -29,8 +26,6 @@ _THUMBNAIL = 32
 """Pixels a side of a view when scenes are compared with training scenes."""
 _ORBIT_RADIUS, _ORBIT_ANGLE = 2.2, 0.9
 """Of rendered orbits: the unit sphere fills the picture."""
-_FRAME_RATE = 12.0
-_VIDEO_SUFFIXES = (".mp4", ".webm", ".gif", ".webp")
 
 
 @config
@@ -84,6 +79,7 @@ class Scene(Domain):
     """Cameras of renderings, 20 numbers each; empty takes the set's held-out ones where its objects share them, else a
     few of an orbit."""
 
+    grid_option: ClassVar[str] = "cells"
     coord_dim: ClassVar[int] = 3
     value_dim: ClassVar[int] = 4
     view_dim: ClassVar[int] = 3
@@ -94,7 +90,7 @@ class Scene(Domain):
     metrics: ClassVar[tuple[str, ...]] = ("clip_psnr", "clip_ssim")
     noun: ClassVar[str] = "scene"
     kept_back: ClassVar[str] = "views"
-    suffixes: ClassVar[tuple[str, ...]] = (*_VIDEO_SUFFIXES, ".png", *scene_mesh.SUFFIXES)
+    suffixes: ClassVar[tuple[str, ...]] = (*scene_views.SUFFIXES, *scene_mesh.SUFFIXES)
     file_options: ClassVar[tuple[str, ...]] = ("frames", "fps")
     unit: ClassVar[str] = "px"
     fine: ClassVar[int] = 2
@@ -134,25 +130,23 @@ class Scene(Domain):
     def _read(self, record: Record, seed: int, num_views: int | None) -> Signal:
         """One record with as many of its views; None takes all."""
         key = record["__key__"]
-        cameras, points = _rows(record, "cameras.npy", CAMERA_DIM), _rows(record, "points.npy", 6)
         try:
-            posed_views.check_cameras(cameras)
+            views, cameras, points = map(torch.from_numpy, posed_views.decode(record, self.view_size))
         except ValueError as error:
-            raise ValueError(f"{key}.cameras.npy: {error}") from None
+            raise ValueError(f"{key}.{error}") from None
         num_views = len(cameras) if num_views is None else num_views
         if len(cameras) < num_views:
             raise ValueError(f"{key}: {len(cameras)} views, domain.num_views={num_views}; lower the option")
-        views = _decode_views(record, len(cameras), self.view_size)
         chosen, own = view_folders.evenly(len(views), num_views), torch.tensor([seed])
         order = randomness.uniform(own, "points", (len(points),))[0].argsort()
-        drawn = torch.from_numpy(points)[order.repeat(-(-self.num_points // len(order)))[: self.num_points]]
+        drawn = points[order.repeat(-(-self.num_points // len(order)))[: self.num_points]]
         noise = randomness.normal(own, "point noise", (self.num_points, 3))[0] * self.point_noise
         return Signal(
             key=key,
             seed=own[0],
             position=torch.tensor(0),
             inputs=torch.cat([drawn[:, :3] + noise, drawn[:, 3:]], dim=1),
-            targets={"views": views[chosen], "cameras": torch.from_numpy(cameras)[chosen]},
+            targets={"views": views[chosen].movedim(-1, 1).contiguous(), "cameras": cameras[chosen]},
             text=caption(record),
         )
 
@@ -208,10 +202,7 @@ class Scene(Domain):
             place = torch.cat([torch.where(some, found, place[:, :num_of_object]), place[:, num_of_object:]], dim=1)
 
         colours = pixels.gather(1, place[..., None].expand(-1, -1, 3)).float() / 255
-        camera = cameras.gather(1, (place // side**2)[..., None].expand(-1, -1, CAMERA_DIM))
-        row, column = place // side % side, place % side
-        origins, directions = rays.camera_rays(camera, (torch.stack([column, row], dim=-1) + 0.5) / side)
-        return origins, directions, colours
+        return *rays.pixel_rays(cameras, place, side), colours
 
     def _views(self, signal: Signal, *, held_out: bool) -> tuple[Tensor, Tensor]:
         """The held-out or the training views [batch, views, 3, side, side], and their cameras."""
@@ -299,10 +290,7 @@ class Scene(Domain):
         with tqdm(total=total, desc="views", unit="ray", unit_scale=True, delay=3, disable=None, leave=False) as bar:
             for start in range(0, total, step):
                 place = torch.arange(start, min(start + step, total), device=field.device)
-                row, column = place // resolution % resolution, place % resolution
-                camera = cameras[:, place // resolution**2]
-                places = ((torch.stack([column, row], dim=-1) + 0.5) / resolution).expand(len(field), -1, -1)
-                origins, directions = rays.camera_rays(camera, places)
+                origins, directions = rays.pixel_rays(cameras, place.expand(len(field), -1), resolution)
                 near, far = rays.interval(origins, directions, self.bounds)
                 depths = rays.middles(near, far, self.render_samples)
                 density, colours = self._ask(field, origins, directions, depths)
@@ -341,14 +329,7 @@ class Scene(Domain):
 
     def pictures(self, rendered: Tensor) -> Tensor:
         """The views beside each other, in rows of at most eight."""
-        batch, count, _, height, width = rendered.shape
-        columns = math.ceil(count / math.ceil(count / 8))
-        missing = -count % columns
-        if missing:
-            empty = rendered.new_full((batch, missing, 3, height, width), self.ground_level)
-            rendered = torch.cat([rendered, empty], dim=1)
-        rows = rendered.unflatten(1, (-1, columns)).permute(0, 3, 1, 4, 2, 5)
-        return rows.reshape(batch, 3, -1, columns * width)
+        return scene_views.beside(rendered, ground=self.ground_level)
 
     def shown(self, signal: Signal) -> dict[str, Tensor]:
         """Four of the training views, and the held-out ones."""
@@ -375,40 +356,14 @@ class Scene(Domain):
         suffix = path.suffix.lower()
         if suffix in scene_mesh.SUFFIXES:
             scene_mesh.save(field, resolution, path, density=self.density, inside_sphere=self.bounds == "sphere")
-        elif suffix in _VIDEO_SUFFIXES:
-            rate = fps or _FRAME_RATE * (frames or self.orbit_views) / self.orbit_views
-            _save_video(self.film(field, resolution, frames)[0].cpu(), path, rate)
+        elif suffix in scene_views.FILM_SUFFIXES:
+            rate = fps or scene_views.FRAME_RATE * (frames or self.orbit_views) / self.orbit_views
+            film = self.film(field, resolution, frames)[0].cpu()
+            scene_views.write(film, path, ground=self.ground_level, rate=rate)
         else:
             self.save(self.render(field, resolution)[0].cpu(), path)
         return self.render(field, min(resolution, 2 * self.size)).cpu()
 
     def save(self, rendered: Float[Tensor, "views 3 height width"], path: Path) -> None:
-        """The views one after the other as a video (.mp4, .webm, .gif, .webp), or beside each other as .png."""
-        suffix = path.suffix.lower()
-        if suffix == ".png":
-            to_pillow(self.pictures(rendered[None])[0]).save(path)
-        elif suffix in _VIDEO_SUFFIXES:
-            _save_video(rendered, path, _FRAME_RATE)
-        else:
-            raise ValueError(f"{path.name}: views are written as .png, {', '.join(_VIDEO_SUFFIXES)}; use one of these")
-
-
-def _save_video(views: Float[Tensor, "views 3 height width"], path: Path, rate: float) -> None:
-    clips.write((views.clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).numpy(), path, rate=rate)
-
-
-def _decode_views(record: Record, count: int, size: int) -> UInt8[Tensor, "count 3 size size"]:
-    """The views of a record, which is one picture. Raises ValueError naming the key when it cannot be decoded."""
-    try:
-        views = posed_views.decode_views(record["views.webp"], count=count, size=size)
-    except (OSError, SyntaxError, ValueError, KeyError, PillowImage.DecompressionBombError) as error:
-        raise ValueError(f"{record['__key__']}.views.webp: cannot be decoded: {error}") from None
-    return torch.from_numpy(views).movedim(-1, 1).contiguous()
-
-
-def _rows(record: Record, name: str, dim: int) -> np.ndarray:
-    """A float array [rows, dim] of a record. Raises ValueError naming the key when it is not one."""
-    try:
-        return arrays.read_rows(record[name], dim)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{record['__key__']}.{name}: cannot be decoded: {error}") from None
+        """The views one after the other as a film (.mp4, .webm, .gif, .webp), or beside each other as .png."""
+        scene_views.write(rendered, path, ground=self.ground_level)

@@ -7,16 +7,17 @@ The world is that of the scene domain: z up, the object inside the unit sphere a
 
 import io
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 from PIL import Image
 
 from distributed_inr.raw import option
-from distributed_inr.raw.arrays import write_npy
+from distributed_inr.raw.arrays import read_rows, write_npy
 from distributed_inr.raw.pictures import MAX_PIXELS
 from distributed_inr.raw.view_folders import DECODERS, PosedViews, check_rotation, read_points
 from distributed_inr.raw.visual_hull import carve
@@ -88,6 +89,22 @@ def encode(posed: PosedViews, form: Form) -> dict[str, bytes]:
     }
 
 
+def decode(
+    record: Mapping[str, Any], size: int
+) -> tuple[UInt8[np.ndarray, "views size size 3"], Float32[np.ndarray, "views 20"], Float32[np.ndarray, "points 6"]]:
+    """Views, cameras and points of a record. Raises ValueError that begins with the member that cannot be used."""
+    cameras, points = _rows(record, "cameras.npy", CAMERA_DIM), _rows(record, "points.npy", 6)
+    try:
+        check_cameras(cameras)
+    except ValueError as error:
+        raise ValueError(f"cameras.npy: {error}") from None
+    try:
+        views = decode_views(record["views.webp"], count=len(cameras), size=size)
+    except (OSError, SyntaxError, ValueError, KeyError, Image.DecompressionBombError) as error:
+        raise ValueError(f"views.webp: cannot be decoded: {error}") from None
+    return views, cameras, points
+
+
 def cameras_of(posed: PosedViews, form: Form) -> Float32[np.ndarray, "views 20"]:
     """The record's cameras, of the first picture's size: what `encode` refuses is not noticed here."""
     with Image.open(posed.files[0], formats=DECODERS) as picture:
@@ -139,6 +156,13 @@ def webp(views: UInt8[np.ndarray, "views side side 3"]) -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(whole)).save(file, "WEBP", lossless=True, method=6)
     return file.getvalue()
+
+
+def _rows(record: Mapping[str, Any], name: str, dim: int) -> Float32[np.ndarray, "rows dim"]:
+    try:
+        return read_rows(record[name], dim)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{name}: cannot be decoded: {error}") from None
 
 
 def _decode(
