@@ -11,6 +11,7 @@ from PIL import Image as Picture
 
 from distributed_inr.domains import Shape, Signal, collate
 from distributed_inr.domains.domain import pixel_centres
+from distributed_inr.evaluation.metrics import accuracy, iou
 from distributed_inr.field import Field
 from distributed_inr.models import D2CVAE, LayersOfExperts
 from distributed_inr.models.encoders import PointEncoder
@@ -112,6 +113,32 @@ def test_queried_points_are_taken_as_they_are_and_make_a_grid():
     z, y, x = torch.meshgrid(side, side, side, indexing="ij")
     far = (torch.stack([x, y, z]).norm(dim=0) - 0.7).abs() > 0.25
     assert ((truth[0] > 0.5) == (torch.stack([x, y, z]).norm(dim=0) < 0.7))[far].all()
+
+
+def test_a_queried_balls_grid_is_the_balls_though_most_cells_have_no_point():
+    size, radius = 64, 0.7
+    points = np.random.default_rng(0).uniform(-1, 1, (100_000, 3)).astype(np.float16)
+    inside = np.linalg.norm(points.astype(np.float64), axis=1) < radius
+    domain = Shape(size=size, num_points=50)
+    truth = domain.truth(collate([domain.read(queried(points, inside), seed=0)]))
+    side = pixel_centres(size)
+    z, y, x = torch.meshgrid(side, side, side, indexing="ij")
+    known = (torch.stack([x, y, z]).norm(dim=0) < radius).float()[None]
+    assert iou(truth, known).item() > 0.95 and accuracy(truth, known).item() > 0.99
+    vertices, faces = meshes.from_grid(truth[0].numpy())
+    volume = trimesh.Trimesh(vertices, faces).volume
+    assert volume == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.02)
+
+
+def test_cells_without_a_point_take_the_share_of_the_nearest_that_have_some():
+    domain = Shape(size=8, num_points=5)
+    points = np.array([[-0.9, -0.9, -0.9], [0.9, -0.9, -0.9], [0.9, -0.9, -0.9], [0.9, -0.9, -0.9]])
+    records = [queried(points, np.array(inside)) for inside in ([1.0, 0.0, 0.0, 1.0], [0.0] * 4)]
+    both, outside = domain.truth(collate([domain.read(record, seed=0) for record in records]))
+    torch.testing.assert_close(both[0, 0], torch.tensor([1.0] * 4 + [1 / 3] * 4))
+    assert not outside.any()
+    single = Shape(size=64, num_points=5).read(queried(points[:1], np.ones(1)), seed=0)
+    assert (Shape(size=64).truth(collate([single])) == 1).all()  # however many rings away
 
 
 def test_the_likelihood_is_bernoullis_or_gaussian():

@@ -185,15 +185,24 @@ class Shape(Domain):
         return found.unflatten(1, (resolution,) * 3)
 
     def truth(self, signal: Signal) -> Float[Tensor, "batch size size size"]:
-        """The grid; of queried points, the share of each cell's points that are inside (0 where there are none)."""
+        """The grid; of queried points, the share of each cell's points that are inside.
+
+        A cell without a point takes the share among the points of the cells around it; where these have none either,
+        the mean of what was found so for them, ring by ring.
+        """
         targets = _tensor(signal)
         if targets.dim() == 4:
             return targets.float()
         cell = ((targets[..., :3].float().clamp(-1, 1) + 1) / 2 * self.size).long().clamp(max=self.size - 1)
         index = (cell[..., 2] * self.size + cell[..., 1]) * self.size + cell[..., 0]
-        grid = targets.new_zeros(len(targets), self.size**3, dtype=torch.float32)
-        found = grid.scatter_reduce(1, index, targets[..., 3].float(), "mean", include_self=False)
-        return found.unflatten(1, (self.size,) * 3)
+        inside = targets[..., 3].float()
+        rows = torch.stack([inside, torch.ones_like(inside)], dim=1)  # [batch, 2, points]
+        grid = rows.new_zeros(len(rows), 2, self.size**3).scatter_add(2, index[:, None].expand_as(rows), rows)
+        grid = grid.unflatten(2, (self.size,) * 3)  # of each cell, how many points are inside, and how many there are
+        while not (known := grid[:, 1:] > 0).all():
+            around = F.avg_pool3d(grid, 3, 1, 1, divisor_override=1)
+            grid = torch.where(known, grid, around / around[:, 1:].clamp(min=1))
+        return grid[:, 0] / grid[:, 1]
 
     def enlarge(self, rendered: Tensor, resolution: int) -> Tensor:
         """Trilinear."""
