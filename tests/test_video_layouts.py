@@ -12,7 +12,7 @@ from tiny_sets import by_key, save_picture
 
 from distributed_inr.data.prepare import Plan, Prepared, prepare_set, verify
 from distributed_inr.domains.video import decode_clip
-from distributed_inr.raw import clips
+from distributed_inr.raw import clips, footage
 from distributed_inr.raw.clips import Form
 
 
@@ -82,7 +82,7 @@ def test_windows_share_their_videos_caption(tmp_path: Path) -> None:
 
 def test_a_window_late_in_a_long_video_is_reached_by_its_time_stamps(tmp_path: Path) -> None:
     save_video(tmp_path / "a.mp4", 600)  # several key frames, and frames that are stored out of their order
-    source = clips.footage(tmp_path / "a.mp4")
+    source = footage.scan(tmp_path / "a.mp4")
     assert len(source) == 600 and source.rate == 25
     clip = clips.cut(source, 590, Form(frames=5, step=2))
     expected = numbered(600)[590:600:2].astype(float)
@@ -230,7 +230,7 @@ def test_equal_frames_that_an_animation_joins_are_counted(tmp_path: Path) -> Non
     frames[3] = frames[2]
     for name in ("a.gif", "a.webp"):
         clips.write(iter(frames), tmp_path / name, rate=25.0)
-        source = clips.footage(tmp_path / name)
+        source = footage.scan(tmp_path / name)
         assert len(source) == 6 and source.rate == pytest.approx(25)
         clip = clips.cut(source, 0, Form(frames=6))
         assert np.abs(clip.astype(int) - frames).max() < 4
@@ -241,12 +241,12 @@ def test_animations_of_uneven_or_endless_pictures_and_long_files_are_refused(tmp
     for durations, words in ([40, 60, 40], "last 40 to 60 ms"), ([40, 40, 60_000], "last 40 to 60000 ms"):
         first.save(tmp_path / "a.gif", save_all=True, append_images=others, duration=durations)
         with pytest.raises(ValueError, match=words):
-            clips.footage(tmp_path / "a.gif")
+            footage.scan(tmp_path / "a.gif")
     clips.write(iter(numbered(9)), tmp_path / "b.gif", rate=25.0)
     save_video(tmp_path / "b.mp4", 9)
     for name in ("b.gif", "b.mp4"):
         with pytest.raises(ValueError, match="more than 8"):
-            clips.footage(tmp_path / name, max_frames=8)
+            footage.scan(tmp_path / name, max_frames=8)
 
 
 def test_clips_are_their_central_squares_and_a_phones_are_upright(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_clips_are_their_central_squares_and_a_phones_are_upright(tmp_path: Path
     frames[:, :, :16], frames[:, :, 48:] = 255, 128
     frames[:, :, 16:48, 0] = np.linspace(0, 240, 32, dtype=np.uint8)[:, None]
     clips.write(iter(frames), tmp_path / "a.mp4", rate=25.0)
-    clip = clips.cut(clips.footage(tmp_path / "a.mp4"), 0, Form(frames=4, size=32))
+    clip = clips.cut(footage.scan(tmp_path / "a.mp4"), 0, Form(frames=4, size=32))
     assert clip.shape == (4, 32, 32, 3) and clip[:, 2:-2, 3:-3, 1:].max() < 12
     content = (tmp_path / "a.mp4").read_bytes()
     identity, quarter = (
@@ -263,7 +263,7 @@ def test_clips_are_their_central_squares_and_a_phones_are_upright(tmp_path: Path
     )
     track = content.index(b"tkhd")
     (tmp_path / "a.mp4").write_bytes(content[:track] + content[track:].replace(identity, quarter, 1))
-    turned = clips.cut(clips.footage(tmp_path / "a.mp4"), 0, Form(frames=4))
+    turned = clips.cut(footage.scan(tmp_path / "a.mp4"), 0, Form(frames=4))
     assert turned.shape == (4, 64, 32, 3)
     assert turned[0, 4, 16].min() > 230 and abs(int(turned[0, -4, 16].mean()) - 128) < 20  # a quarter clockwise
 

@@ -21,8 +21,8 @@ from distributed_inr.config import config
 from distributed_inr.domains.domain import Domain, Queries, Record, Signal, caption, evaluate_grid, pixel_centres
 from distributed_inr.domains.image import downscale, enlarge
 from distributed_inr.field import Field
-from distributed_inr.raw import clips
-from distributed_inr.raw.clips import MAX_PIXELS
+from distributed_inr.raw import clips, footage
+from distributed_inr.raw.footage import MAX_PIXELS
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +87,11 @@ class Video(Domain):
         """The first clip of a video file, an animation or a folder of frames: its central square."""
         form = clips.Form(frames=self.frames)
         try:
-            frames = clips.cut(clips.footage(path, max_pixels=self.max_pixels), 0, form)
+            frames = clips.cut(footage.scan(path, max_pixels=self.max_pixels), 0, form)
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}; give the path of a video") from None
         except ValueError as error:
-            kinds = ", ".join(suffix[1:].upper() for suffix in clips.FILE_SUFFIXES)
+            kinds = ", ".join(suffix[1:].upper() for suffix in footage.FILE_SUFFIXES)
             raise ValueError(
                 f"{path} is not a usable clip of domain.frames={self.frames}: {error}; {kinds} and folders of pictures "
                 "are read"
@@ -273,7 +273,7 @@ def decode_clip(record: Record, *, frames: int, size: int) -> UInt8[np.ndarray, 
         raise ValueError(f"{key}: no clip; expected one of {', '.join(_FORMATS)}, clip.mp4 in the shard")
     try:
         if suffix == "clip.mp4":
-            return clips.decode_video(record[suffix], frames=frames, size=size)
+            return footage.decode_video(record[suffix], frames=frames, size=size)
         with PillowImage.open(io.BytesIO(record[suffix]), formats=(_FORMATS[suffix],)) as strip:
             if strip.size != (size, frames * size):
                 raise ValueError(

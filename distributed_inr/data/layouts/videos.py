@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from distributed_inr.data.layouts.item import Item, Part, described, item_of, walk
 from distributed_inr.data.layouts.source import Source
-from distributed_inr.raw import clips, pictures
-from distributed_inr.raw.clips import FILE_SUFFIXES, Footage, Form
+from distributed_inr.raw import clips, footage, pictures
+from distributed_inr.raw.clips import Form
+from distributed_inr.raw.footage import FILE_SUFFIXES, Footage
 
 _SKY_PARTS: dict[str, Part] = {"train": "train", "val": "val", "test": "val"}
 
@@ -60,7 +61,7 @@ def _frame_folders(root: Path) -> list[Item]:
             size = sum(file.stat().st_size for file in files)
             part = item_of(root, files[0]).part
             found.append(Item(key, name, _nothing_yet, size, unit=key, part=part))
-    return sorted(found, key=lambda item: clips.natural(item.name))
+    return sorted(found, key=lambda item: footage.natural(item.name))
 
 
 def _windows(videos: list[Item], root: Path, form: Form) -> list[Item]:
@@ -68,7 +69,7 @@ def _windows(videos: list[Item], root: Path, form: Form) -> list[Item]:
     found: list[Item] = []
     for video in tqdm(videos, desc="look through", unit="video", delay=3, disable=None, leave=False):
         try:
-            source = clips.footage(root / video.name, max_pixels=form.max_pixels, max_frames=form.max_frames)
+            source = footage.scan(root / video.name, max_pixels=form.max_pixels, max_frames=form.max_frames)
         except ValueError as error:
             found.append(replace(video, load=_Unusable(str(error))))
             continue
