@@ -1,7 +1,7 @@
 """Clips of 8-bit RGB frames: cut from footage, packed as members of shards, and written as files."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -13,13 +13,15 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from distributed_inr.raw import option
-from distributed_inr.raw.footage import MAX_FRAMES, MAX_PIXELS, Footage
+from distributed_inr.raw.footage import MAX_FRAMES, MAX_PIXELS, TICKS, Footage
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
 Frame = UInt8[np.ndarray, "height width 3"]
 
 WRITTEN_SUFFIXES = (".mp4", ".webm", ".gif", ".webp", ".png")
 
+_MOST_RATES = {".gif": 50, ".webp": 90}
+"""Frames a second: players show pictures of 10 ms and less for 100."""
 _WEBP_SIDE = 16_383
 _SHEET_COLUMNS = 4
 
@@ -103,21 +105,29 @@ def encode(clip: Frames, form: Form) -> tuple[str, bytes]:
 def write(frames: Iterable[Frame], path: Path, *, rate: float) -> None:
     """Write frames as the suffix says: MP4, WebM, GIF, WebP, or PNG for a sheet of them.
 
-    They are taken one by one: of a video, only few are held. GIF holds times in hundredths of a second, 256 colours a
-    frame, and joins equal frames.
+    They are taken one by one, and of a video only few are held; of a GIF all are, in its 256 colours. Animations join
+    equal frames, and keep the duration of the whole: each frame begins at its time to half a tick of the file's clock.
     """
     suffix = path.suffix.lower()
+    check_rate(suffix, rate)
     if suffix in (".mp4", ".webm"):
         with path.open("wb") as file:
             _write_video(frames, file, suffix[1:], rate)
-    elif suffix in (".gif", ".webp"):
-        first, *others = (Image.fromarray(frame) for frame in frames)
-        kind: dict[str, Any] = {"quality": 90} if suffix == ".webp" else {"disposal": 1}
-        first.save(path, save_all=True, append_images=others, duration=round(1000 / rate), loop=0, **kind)
+    elif suffix in TICKS:
+        _write_animation(frames, path, rate)
     elif suffix == ".png":
         sheet(list(frames)).save(path)
     else:
         raise ValueError(f"{path.name}: clips are written as {', '.join(WRITTEN_SUFFIXES)}; use one of these suffixes")
+
+
+def check_rate(suffix: str, rate: float) -> None:
+    """Raise ValueError where players show files of this kind more slowly than they say."""
+    most = _MOST_RATES.get(suffix)
+    if most is not None and rate > most:
+        raise ValueError(
+            f"{rate:g} frames a second: players slow {suffix} down above {most}; write .mp4, or fewer frames a second"
+        )
 
 
 def sheet(frames: Sequence[Frame], columns: int = _SHEET_COLUMNS) -> Image.Image:
@@ -128,6 +138,27 @@ def sheet(frames: Sequence[Frame], columns: int = _SHEET_COLUMNS) -> Image.Image
     for number, frame in enumerate(frames):
         result.paste(Image.fromarray(frame), (number % columns * width, number // columns * height))
     return result
+
+
+def _write_animation(frames: Iterable[Frame], path: Path, rate: float) -> None:
+    suffix = path.suffix.lower()
+    tick = TICKS[suffix]
+
+    def timed() -> Iterator[Image.Image]:
+        for number, frame in enumerate(frames):
+            picture = Image.fromarray(frame)
+            start, end = (round(place * 1000 / (rate * tick)) * tick for place in (number, number + 1))
+            picture.info["duration"] = end - start
+            yield picture
+
+    pictures = timed()
+    first = next(pictures)
+    if suffix == ".gif":
+        first.save(path, save_all=True, append_images=pictures, loop=0, disposal=1)
+    else:
+        others = list(pictures)
+        durations = [picture.info["duration"] for picture in (first, *others)]
+        first.save(path, save_all=True, append_images=others, duration=durations, loop=0, quality=90)
 
 
 def _write_video(frames: Iterable[Frame], file: io.BufferedIOBase, container: str, rate: float) -> None:

@@ -28,6 +28,8 @@ MAX_FRAMES = 1_000_000
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv")
 ANIMATION_SUFFIXES = (".gif", ".webp")
 FILE_SUFFIXES = VIDEO_SUFFIXES + ANIMATION_SUFFIXES
+TICKS = {".gif": 10, ".webp": 1}
+"""Milliseconds that the durations of an animation's pictures are whole multiples of."""
 
 # Playlists and the like, whatever their suffix, would open other files and addresses.
 _CONTAINER = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm", "protocol_whitelist": "file"}
@@ -125,7 +127,10 @@ class Animation(Footage):
 
     @staticmethod
     def scan(path: Path, *, max_pixels: int, max_frames: int) -> "Animation":
-        """Pictures of twice or three times the shortest duration stand for equal frames, which writers join."""
+        """Pictures of twice or three times the shortest duration stand for equal frames, which writers join.
+
+        Durations a tick apart are of one rate: their mean is what the file's clock could not say.
+        """
         durations = []
         with _animation(path, max_pixels) as picture:
             if (count := getattr(picture, "n_frames", 1)) > max_frames:
@@ -134,12 +139,14 @@ class Animation(Footage):
                 picture.seek(number)
                 picture.load()
                 durations.append(float(picture.info.get("duration") or 100))  # what viewers take for none
-        unit = min(durations)
+        shortest, tick = min(durations), TICKS[path.suffix.lower()]
+        unit = float(np.mean([own for own in durations if own <= max(1.25 * shortest, shortest + tick)]))
         repeats = np.array(durations) / unit
-        if repeats.max() > _MAX_REPEATS or np.abs(repeats - repeats.round()).max() > 0.25:
-            raise ValueError(f"its frames last {unit:g} to {max(durations):g} ms; bring it to one frame rate")
+        off = np.abs(repeats - repeats.round()).max()
+        if repeats.max() > _MAX_REPEATS or (off > 0.25 and off >= tick / unit):
+            raise ValueError(f"its frames last {shortest:g} to {max(durations):g} ms; bring it to one frame rate")
         seen = np.repeat(np.arange(len(durations)), repeats.round().astype(int))
-        return Animation(path, tuple(seen.tolist()), 1000 / unit, max_pixels)
+        return Animation(path, tuple(seen.tolist()), 1000 * len(seen) / sum(durations), max_pixels)
 
     def __len__(self) -> int:
         return len(self.seen)
