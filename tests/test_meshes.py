@@ -138,9 +138,11 @@ def test_surface_points_are_spread_by_area():
         (b"OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n", ".off", "1 faces, above the limit of 0"),
     ],
 )
-def test_meshes_that_cannot_be_used_are_one_clear_line(content: bytes, suffix: str, message: str):
+def test_meshes_that_cannot_be_used_are_one_clear_line(content: bytes, suffix: str, message: str, tmp_path: Path):
+    path = tmp_path / f"mesh{suffix}"
+    path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
-        meshes.read_mesh(content, suffix, max_faces=0 if suffix == ".off" else 100)
+        meshes.read_mesh(path, max_faces=0 if suffix == ".off" else 100)
     assert "\n" not in str(caught.value)
 
 
@@ -148,7 +150,7 @@ def test_meshes_that_cannot_be_used_are_one_clear_line(content: bytes, suffix: s
 def test_every_kind_of_mesh_file_is_read_and_written(suffix: str, tmp_path):
     box = trimesh.creation.box((1.0, 2.0, 3.0))
     meshes.write_mesh(box.vertices, box.faces, tmp_path / f"box{suffix}")
-    mesh = meshes.read_mesh((tmp_path / f"box{suffix}").read_bytes(), suffix)
+    mesh = meshes.read_mesh(tmp_path / f"box{suffix}")
     assert np.allclose(sorted(mesh.extents), (1, 2, 3)) and abs(mesh.volume) == pytest.approx(6)
 
 
@@ -156,7 +158,7 @@ def test_every_kind_of_mesh_file_is_read_and_written(suffix: str, tmp_path):
 @pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
 def test_real_open_meshes_fill_as_other_peoples_voxels_of_them(file: Path):
     """IoU with a tolerance of one cell: what lies within a cell of the other solid counts as in both."""
-    mesh = meshes.read_mesh(file.read_bytes(), file.suffix)
+    mesh = meshes.read_mesh(file)
     assert not mesh.is_watertight
     found, known = meshes.solid(meshes.normalised(mesh, fill=0.875), 32), bundled(file.stem)
     around = ndimage.generate_binary_structure(3, 3)

@@ -167,7 +167,7 @@ def test_rendering_is_the_probability_at_cell_centres_whatever_the_chunks():
 def test_a_ball_is_meshed_at_its_place_with_its_volume(tmp_path: Path):
     rendered = DOMAIN.render(sphere_field(0.5), 128)
     DOMAIN.save(rendered[0], tmp_path / "ball.glb")
-    mesh = meshes.read_mesh((tmp_path / "ball.glb").read_bytes(), ".glb")
+    mesh = meshes.read_mesh(tmp_path / "ball.glb")
     mesh.merge_vertices()
     assert mesh.is_watertight and mesh.volume == pytest.approx(4 / 3 * np.pi * 0.125, rel=0.02)
     assert np.allclose(mesh.center_mass, (0.1, -0.2, 0.3), atol=5e-3)
@@ -233,6 +233,18 @@ def test_ones_own_mesh_is_opened_as_it_is_prepared(tmp_path: Path):
         DOMAIN.open(tmp_path / "none.obj")
 
 
+def test_what_is_no_mesh_or_too_large_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} is read"))
+    for name in ("box.stl_ascii", "box.dae", "box"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=rf"{name} is not a usable mesh: the suffix '.*' is not .*\.stl are read"):
+            DOMAIN.open(tmp_path / name)
+    with (tmp_path / "large.obj").open("wb") as file:
+        file.truncate(meshes.MAX_MESH_BYTES + 1)
+    with pytest.raises(ValueError, match="large.obj is not a usable mesh: 536870913 bytes, above the limit"):
+        DOMAIN.open(tmp_path / "large.obj")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -292,6 +304,6 @@ def test_the_arms_are_in_place_through_encoding_decoding_and_meshing(family: str
     with torch.no_grad():
         rendered = domain.render(model.decode(model.encode(signal)), 32)
     domain.save(rendered[0], tmp_path / "arms.ply")
-    mesh = meshes.read_mesh((tmp_path / "arms.ply").read_bytes(), ".ply")
+    mesh = meshes.read_mesh(tmp_path / "arms.ply")
     low, high = mesh.bounds
     assert np.allclose(high, (1.0, 0.75, 0.5), atol=0.13) and np.allclose(low, (-0.25,) * 3, atol=0.13)

@@ -34,10 +34,15 @@ def test_mesh_files_become_grids_and_bad_ones_are_left_out(tmp_path: Path):
     (tmp_path / "raw" / "box" / "empty.obj").write_text("# nothing\n")
     (tmp_path / "raw" / "box" / "flat.obj").write_text("v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3\n")
     (tmp_path / "raw" / "box" / "noise.glb").write_bytes(b"glTF" + bytes(40))
+    with (tmp_path / "raw" / "box" / "vast.ply").open("wb") as file:
+        file.truncate(meshes.MAX_MESH_BYTES + 1)
     made = prepare_set(tmp_path / "raw", str(tmp_path / "out"), plan())
     found = by_key(made.parts["train"])
     assert sorted(found) == [f"box/a-{suffix}" for suffix in ("glb", "obj", "off", "ply", "stl")]
-    assert sorted(name for name, _ in made.skipped) == ["box/empty.obj", "box/flat.obj", "box/noise.glb"]
+    assert sorted(name for name, _ in made.skipped) == [
+        f"box/{name}" for name in ("empty.obj", "flat.obj", "noise.glb", "vast.ply")
+    ]
+    assert "536870913 bytes, above the limit" in dict(made.skipped)["box/vast.ply"]
     for record in found.values():
         z, y, x = np.nonzero(read(record) > 0.5)
         assert np.ptp(x) + 1 == 14 and np.ptp(y) + 1 in (6, 7, 8) and np.ptp(z) + 1 in (2, 3, 4)

@@ -82,7 +82,7 @@ def test_fitted_solids_are_meshed_with_their_volumes(family: str, tmp_path: Path
     for (name, volume), grid in zip(VOLUMES.items(), rendered, strict=True):
         path = tmp_path / f"{name}.ply"
         domain.save(grid, path)
-        mesh = meshes.read_mesh(path.read_bytes(), path.suffix)
+        mesh = meshes.read_mesh(path)
         mesh.merge_vertices()
         assert mesh.is_watertight, name
         assert mesh.volume == pytest.approx(volume, rel=0.02), name

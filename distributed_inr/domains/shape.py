@@ -99,7 +99,7 @@ class Shape(Domain):
         """A mesh file, closed or not: centred, its longest side 7/8 of the cube's, as `prepare_data.py shape` does."""
         form = meshes.Form(resolution=self.size)
         try:
-            mesh = meshes.normalised(meshes.read_mesh(path.read_bytes(), path.suffix), fill=form.fill)
+            mesh = meshes.normalised(meshes.read_mesh(path), fill=form.fill)
             occupied = meshes.solid(mesh, self.size, close=form.close)
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}; give the path of a file") from None

@@ -54,19 +54,22 @@ class Form:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
 
 
-def read_mesh(content: bytes, suffix: str, *, max_faces: int = Form.max_faces) -> "Trimesh":
+def read_mesh(path: Path, *, max_faces: int = Form.max_faces) -> "Trimesh":
     """The triangles of a mesh file, all of its parts as one. Raises ValueError where there are none.
 
-    Args:
-        suffix: of the file, such as .obj: the one decoder that is tried.
+    Its suffix says which decoder is tried.
     """
     import trimesh
 
-    if len(content) > MAX_MESH_BYTES:
-        raise ValueError(f"{len(content)} bytes, above the limit of {MAX_MESH_BYTES}")
+    suffix = path.suffix.lower()
+    if suffix not in MESH_SUFFIXES:
+        raise ValueError(f"the suffix {path.suffix!r} is not that of a mesh")
+    if (size := path.stat().st_size) > MAX_MESH_BYTES:
+        raise ValueError(f"{size} bytes, above the limit of {MAX_MESH_BYTES}")
+    content = path.read_bytes()
     logging.getLogger("trimesh").setLevel(logging.CRITICAL)  # what is wrong is said in the error
     try:
-        loaded: Any = trimesh.load(io.BytesIO(content), file_type=suffix.removeprefix(".").lower(), process=False)
+        loaded: Any = trimesh.load(io.BytesIO(content), file_type=suffix.removeprefix("."), process=False)
         mesh = loaded.to_mesh() if isinstance(loaded, trimesh.Scene) else loaded
     except Exception as error:  # decoders of damaged files raise nearly anything
         raise ValueError(

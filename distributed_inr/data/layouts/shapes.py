@@ -27,12 +27,6 @@ class _Grid:
 
 
 @dataclass(frozen=True)
-class _Mesh:
-    content: bytes
-    suffix: str
-
-
-@dataclass(frozen=True)
 class _Queried:
     points: np.ndarray
     occupied: np.ndarray
@@ -42,9 +36,8 @@ class _Queried:
 def mesh_files(root: Path, metadata: Path | None, form: Form) -> list[Item]:
     """Any tree of mesh files; captions from metadata.jsonl, or the first folder's name as class and caption."""
 
-    def load(item: Item) -> Callable[[], _Mesh]:
-        suffix = Path(item.name).suffix
-        return lambda: _Mesh(item.load(), suffix)
+    def load(item: Item) -> Callable[[], Path]:
+        return lambda: root / item.name
 
     return described([replace(item, load=load(item)) for item in walk(root, MESH_SUFFIXES)], root, metadata)
 
@@ -113,11 +106,11 @@ def occupancy_networks(root: Path, metadata: Path | None, form: Form) -> list[It
     return found
 
 
-def _convert(content: _Grid | _Mesh | _Queried, form: Form) -> dict[str, bytes]:
+def _convert(content: _Grid | Path | _Queried, form: Form) -> dict[str, bytes]:
     if isinstance(content, _Queried):
         return _convert_queried(content, form)
-    if isinstance(content, _Mesh):
-        mesh = meshes.read_mesh(content.content, content.suffix, max_faces=form.max_faces)
+    if isinstance(content, Path):
+        mesh = meshes.read_mesh(content, max_faces=form.max_faces)
         mesh = meshes.normalised(mesh, fill=form.fill)
         occupied = meshes.solid(mesh, form.resolution, close=form.close)
         triangles = mesh.vertices[mesh.faces]
