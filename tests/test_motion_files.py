@@ -9,7 +9,7 @@ import torch
 from tiny_motions import BROKEN, DOMAIN, FRAMES, HIERARCHY, PLAIN, motion, signals
 
 from distributed_inr.domains.motion import Motion
-from distributed_inr.raw import bvh
+from distributed_inr.raw import bvh, footage
 
 
 @pytest.mark.parametrize("domain", [DOMAIN, PLAIN], ids=["positions", "channels"])
@@ -41,6 +41,16 @@ def test_animations_have_all_frames_at_the_motions_own_speed(tmp_path: Path, suf
     assert (frames[0] < 128).any() and not np.array_equal(frames[0], frames[10])
     with pytest.raises(ValueError, match=r"shows positions of joints, domain.content=channels; write .npz"):
         PLAIN.save(PLAIN.truth(signals(1))[0], tmp_path / f"n{suffix}")
+
+
+def test_animations_last_as_long_whatever_the_frames_and_are_refused_where_they_cannot(tmp_path: Path):
+    motion = DOMAIN.truth(signals(1))
+    for frames in (2 * FRAMES, 3 * FRAMES):
+        DOMAIN.save(DOMAIN.enlarge(motion, frames)[0], tmp_path / "m.gif")
+        source = footage.scan(tmp_path / "m.gif")
+        assert len(source) == frames and source.rate == pytest.approx(frames / FRAMES * DOMAIN.fps, rel=0.01)
+    with pytest.raises(ValueError, match=r"60 frames a second: players slow .gif down above 50; write .mp4"):
+        DOMAIN.save(DOMAIN.enlarge(motion, 6 * FRAMES)[0], tmp_path / "m.gif")
 
 
 def test_bvh_channels_are_written_as_bvh_and_opened_again(tmp_path: Path):

@@ -17,7 +17,7 @@ from distributed_inr import randomness
 from distributed_inr.config import config, override
 from distributed_inr.domains.domain import Domain, Queries, Record, Signal, caption, evaluate_grid, pixel_centres
 from distributed_inr.field import Field
-from distributed_inr.raw import bvh, motions, stick_figures
+from distributed_inr.raw import bvh, clips, motions, stick_figures
 from distributed_inr.raw.arrays import read_npy
 from distributed_inr.raw.motions import Content, Start, Up
 
@@ -297,8 +297,7 @@ class Motion(Domain):
                 raise ValueError(
                     f"{path}: {suffix} shows positions of joints, domain.content={self.content}; write .npz"
                 )
-            frames = stick_figures.frames(self._joints(rendered[None])[0], self.parents)
-            (stick_figures.save_mp4 if suffix == ".mp4" else stick_figures.save_gif)(frames, path, fps)
+            clips.write(stick_figures.frames(self._joints(rendered[None])[0], self.parents), path, rate=fps)
         else:
             raise ValueError(f"{path}: {suffix or 'no suffix'} cannot be written; use .npz, .npy, .bvh, .mp4 or .gif")
 

@@ -1,8 +1,6 @@
-"""Stick figures: poses of a skeleton as pictures, and motions as animations."""
+"""Stick figures: poses of a skeleton as pictures, and motions as frames of clips."""
 
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -11,8 +9,6 @@ from PIL import Image, ImageDraw
 Pose = Float[np.ndarray, "joints 3"]
 Motion = Float[np.ndarray, "frames joints 3"]
 Canvas = UInt8[np.ndarray, "height width 3"]
-
-ANIMATION_PIXELS = 320
 
 _AZIMUTH = np.radians(35.0)
 """The view is from aside: seen along an axis, both legs of one who walks along it would be one."""
@@ -33,31 +29,11 @@ def strip(motion: Motion, parents: Sequence[int] | None, *, count: int, height: 
     return np.concatenate([_draw(pose, parents, window, height, width) for pose in flat], axis=1)
 
 
-def frames(motion: Motion, parents: Sequence[int] | None, *, side: int = ANIMATION_PIXELS) -> Iterator[Canvas]:
-    """Every pose, in one window that holds the whole motion."""
+def frames(motion: Motion, parents: Sequence[int] | None, *, side: int = 320) -> Iterator[Canvas]:
+    """Every pose, one after the other, in one window that holds the whole motion."""
     flat = _seen(motion)
     window = _window(flat, side, side)
     return (_draw(pose, parents, window, side, side) for pose in flat)
-
-
-def save_gif(pictures: Iterator[Canvas], path: Path, fps: float) -> None:
-    """Write an animation; GIF counts hundredths of a second, so that rates above 50 are slowed down."""
-    first, *rest = (Image.fromarray(picture) for picture in pictures)
-    duration = max(20, round(100 / fps) * 10)
-    first.save(path, save_all=True, append_images=rest, duration=duration, loop=0)
-
-
-def save_mp4(pictures: Iterator[Canvas], path: Path, fps: float, *, side: int = ANIMATION_PIXELS) -> None:
-    """Write an animation as H.264."""
-    import av
-
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
-        stream.options = {"crf": "20"}
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
 
 
 def _seen(motion: Motion) -> Motion:
