@@ -20,6 +20,17 @@ SOLIDS = {
 
 FILES = sorted((Path(__file__).parent / "fixtures" / "meshes").iterdir())
 
+PLY = b"""ply
+format ascii 1.0
+element vertex 3
+property float x
+property float y
+property float z
+element face 1
+property list uchar int vertex_indices
+end_header
+"""
+
 
 def opened(mesh: trimesh.Trimesh, share: float) -> trimesh.Trimesh:
     """The mesh without some of its faces, around one of them, and with half of the others turned over."""
@@ -136,6 +147,8 @@ def test_surface_points_are_spread_by_area():
         (b"v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3\n", ".obj", "faces have no area"),
         (b"v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", ".obj", "not finite|cannot be read"),
         (b"OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n", ".off", "1 faces, above the limit of 0"),
+        (PLY + b"0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n", ".ply", "faces of vertices that it does not have: 0 to 7 of 3"),
+        (PLY + b"0 0 0\n1 0 0\n0 1 0\n3 0 1 -1\n", ".ply", "faces of vertices that it does not have: -1 to 1 of 3"),
     ],
 )
 def test_meshes_that_cannot_be_used_are_one_clear_line(content: bytes, suffix: str, message: str, tmp_path: Path):

@@ -79,6 +79,9 @@ def read_mesh(path: Path, *, max_faces: int = Form.max_faces) -> "Trimesh":
         raise ValueError("it has no faces; give a mesh, not points or lines")
     if len(mesh.faces) > max_faces:
         raise ValueError(f"{len(mesh.faces)} faces, above the limit of {max_faces}")
+    least, most = mesh.faces.min(), mesh.faces.max()
+    if least < 0 or most >= len(mesh.vertices):
+        raise ValueError(f"faces of vertices that it does not have: {least} to {most} of {len(mesh.vertices)}")
     if not np.isfinite(mesh.vertices[mesh.faces]).all():
         raise ValueError("vertices that are not finite")
     if not mesh.area > 0:
