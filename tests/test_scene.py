@@ -18,6 +18,7 @@ from distributed_inr.domains.domain import Queries, Record, Signal, collate
 from distributed_inr.domains.scene import Scene
 from distributed_inr.field import Field
 from distributed_inr.randomness import sample_seed
+from distributed_inr.raw import posed_views, view_folders
 from distributed_inr.raw.arrays import write_npy
 
 DOMAIN = Scene(
@@ -124,6 +125,12 @@ def test_the_config_survives_json_and_takes_shared_cameras_from_the_set(record: 
     assert DOMAIN.settle({}) is DOMAIN
     with pytest.raises(ValueError, match="domain.ground=white, but the set's views lie on black; set it to black"):
         DOMAIN.settle({"form": {"ground": "black"}})
+    with pytest.raises(ValueError, match=r"domain.hold_out_every=4, but the set was prepared with 6, .*; set it to 6"):
+        DOMAIN.settle({"form": {"hold_out_every": 6}})
+    with pytest.raises(ValueError, match="12 views, domain.num_views=13; lower the option"):
+        dataclasses.replace(DOMAIN, num_views=13).settle({"cameras": cameras.tolist()})
+    fewer = dataclasses.replace(DOMAIN, num_views=9).settle({"cameras": cameras.tolist()})
+    assert isinstance(fewer, Scene) and torch.equal(torch.tensor(fewer.cameras), cameras[[3, 7]])
     field = arms_field(settled)
     assert torch.equal(settled.render(field, 8), DOMAIN.render(arms_field(DOMAIN), 8, cameras=cameras[[3, 7, 11]]))
 
@@ -176,6 +183,27 @@ def test_training_never_sees_held_out_views(record: Record):
         assert not torch.allclose(rendered.amin((0, 1, 3, 4)), magenta)
     truth = DOMAIN.truth(batch)
     assert torch.equal(truth, magenta.view(3, 1, 1).expand_as(truth))
+
+
+@pytest.mark.parametrize(("num_views", "every"), [(12, 4), (9, 4), (5, 4), (2, 4), (7, 3), (11, 12)])
+def test_held_out_views_of_a_part_are_those_that_points_were_carved_without(tmp_path: Path, num_views: int, every: int):
+    """These are marked, by a black object, and nothing else that is read is black."""
+    write_transforms(tmp_path, points=False, alpha=True)
+    kept = posed_views.held_out(12, every)
+    for number in kept:
+        pixels = np.array(Image.open(tmp_path / f"{number:03d}.png"))
+        pixels[..., :3] = 0
+        Image.fromarray(pixels).save(tmp_path / f"{number:03d}.png")
+    form = posed_views.Form(size=32, num_points=500, hold_out_every=every)
+    members = posed_views.encode(view_folders.read_folder(tmp_path, form.max_views), form)
+    domain = dataclasses.replace(DOMAIN, size=32, num_views=num_views, hold_out_every=every)
+    batch = signals({"__key__": "arms", **members}, domain=domain)
+    truth = domain.truth(batch)
+    assert truth.shape[1] == len(posed_views.held_out(num_views, every)) and (truth == truth[:, :, :1]).all()
+    assert (truth.amin((0, 2, 3, 4)) == 0).all()
+    assert batch.targets["views"].shape[1] == num_views  # type: ignore[index]
+    _, colours = domain.supervise(batch, 2000)
+    assert (colours.amax(-1) > 0.5).all() and (batch.inputs[..., 3:].amax(-1) > -0.2).all()
 
 
 def test_rays_and_depths_come_from_the_samples_seed_alone(record: Record):

@@ -45,7 +45,8 @@ class Scene(Domain):
     view_size: Annotated[int, pydantic.Field(gt=0)] = 64
     """Pixels a side of the views in the shards; rays are drawn from them."""
     num_views: Annotated[int, pydantic.Field(gt=1)] = 24
-    """Views of each object: so many of those in the shards, evenly spaced."""
+    """Views of each object: so many of those in the shards, evenly spaced; training views are taken from those that
+    points were carved from, held-out views from the others."""
     hold_out_every: Annotated[int, pydantic.Field(gt=1)] = 6
     """Keep every so many-th view of each object from training; reconstructions are measured on these."""
     num_points: Annotated[int, pydantic.Field(gt=0)] = 2048
@@ -134,10 +135,11 @@ class Scene(Domain):
             views, cameras, points = map(torch.from_numpy, posed_views.decode(record, self.view_size))
         except ValueError as error:
             raise ValueError(f"{key}.{error}") from None
-        num_views = len(cameras) if num_views is None else num_views
-        if len(cameras) < num_views:
-            raise ValueError(f"{key}: {len(cameras)} views, domain.num_views={num_views}; lower the option")
-        chosen, own = view_folders.evenly(len(views), num_views), torch.tensor([seed])
+        try:
+            chosen = posed_views.chosen(len(views), num_views or len(views), self.hold_out_every)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        own = torch.tensor([seed])
         order = randomness.uniform(own, "points", (len(points),))[0].argsort()
         drawn = points[order.repeat(-(-self.num_points // len(order)))[: self.num_points]]
         noise = randomness.normal(own, "point noise", (self.num_points, 3))[0] * self.point_noise
@@ -156,14 +158,22 @@ class Scene(Domain):
         return torch.zeros(count, self.num_points, 6), {"views": views, "cameras": cameras.repeat(count, 1, 1)}
 
     def settle(self, protocol: Mapping[str, Any]) -> Domain:
-        """Render from the held-out cameras, where all training objects share them. Refuses a set of another ground."""
+        """Render from the held-out cameras, where all training objects share them. Refuses a set of another ground, or
+        whose points were carved without other views.
+        """
         shared, form = protocol.get("cameras"), protocol.get("form") or {}
         if (ground := form.get("ground", self.ground)) != self.ground:
             raise ValueError(f"domain.ground={self.ground}, but the set's views lie on {ground}; set it to {ground}")
+        if (every := form.get("hold_out_every", self.hold_out_every)) != self.hold_out_every:
+            raise ValueError(
+                f"domain.hold_out_every={self.hold_out_every}, but the set was prepared with {every}, and points are "
+                f"carved without these views; set it to {every}, or prepare with --hold-out-every {self.hold_out_every}"
+            )
         if self.cameras or not shared:
             return self
-        own = [shared[i] for i in view_folders.evenly(len(shared), self.num_views)]
-        return override(self, {"cameras": [own[i] for i in posed_views.held_out(len(own), self.hold_out_every)]})
+        own = posed_views.chosen(len(shared), self.num_views, self.hold_out_every)
+        kept = [shared[own[i]] for i in posed_views.held_out(self.num_views, self.hold_out_every)]
+        return override(self, {"cameras": kept})
 
     @property
     def num_copies(self) -> int:

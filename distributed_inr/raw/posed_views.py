@@ -19,7 +19,7 @@ from PIL import Image
 from distributed_inr.raw import option
 from distributed_inr.raw.arrays import read_rows, write_npy
 from distributed_inr.raw.pictures import MAX_PIXELS
-from distributed_inr.raw.view_folders import DECODERS, PosedViews, check_rotation, read_points
+from distributed_inr.raw.view_folders import DECODERS, PosedViews, check_rotation, evenly, read_points
 from distributed_inr.raw.visual_hull import carve
 
 Ground = Literal["white", "black"]
@@ -131,6 +131,19 @@ def grid_of(num_views: int) -> tuple[int, int]:
 def held_out(num_views: int, every: int) -> list[int]:
     """The views kept from training: every so many-th, or the last one where there are fewer."""
     return list(range(every - 1, num_views, every)) or [num_views - 1]
+
+
+def chosen(stored: int, num_views: int, every: int) -> list[int]:
+    """So many of the stored views, evenly spaced, of which those at `held_out` are held out of the stored ones too, and
+    the others are not: points were carved from all of these. Raises ValueError where so many are not stored.
+    """
+    if stored < num_views:
+        raise ValueError(f"{stored} views, domain.num_views={num_views}; lower the option")
+    kept, own = held_out(stored, every), held_out(num_views, every)
+    others = [i for i in range(stored) if i not in kept]
+    held = iter([kept[i] for i in evenly(len(kept), len(own))])
+    seen = iter([others[i] for i in evenly(len(others), num_views - len(own))])
+    return [next(held) if i in own else next(seen) for i in range(num_views)]
 
 
 def decode_views(content: bytes, *, count: int, size: int) -> UInt8[np.ndarray, "count size size 3"]:
