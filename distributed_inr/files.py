@@ -57,7 +57,7 @@ def sample_files(
         options: of each file, such as the frames of a clip; None among the values stands for the domain's own.
     """
     resolution, suffix = check_resolution(model, resolution), check_suffix(model, suffix)
-    options = check_options(model.domain, options or {})
+    options = check_options(model.domain, suffix, resolution, options or {})
     if fix_layers is None and branches is not None:
         raise ValueError(f"branches={branches} redraws layers after held ones; say how many with fix_layers")
     branches = 4 if branches is None else branches
@@ -127,7 +127,7 @@ def reconstruct_files(
         options: as for `sample_files`.
     """
     resolution, suffix = check_resolution(model, resolution), check_suffix(model, suffix)
-    options = check_options(model.domain, options or {})
+    options = check_options(model.domain, suffix, resolution, options or {})
     domain = model.domain
     signals = [domain.open(Path(file)) for file in files]  # all are read before anything is written
     out = make_folder(out or default_folder(model.folder, "reconstructions"))
@@ -203,15 +203,16 @@ def check_suffix(model: FieldModel, suffix: str | None) -> str:
     return found
 
 
-def check_options(domain: AnyDomain, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a file's options that are given. Raises ValueError where the domain's files have no such option."""
-    given = {name: value for name, value in options.items() if value is not None}
+def check_options(domain: AnyDomain, suffix: str, resolution: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a file's options that are given. Raises ValueError where it has no such option or cannot be written."""
+    given, known = {name: value for name, value in options.items() if value is not None}, domain.options_of(suffix)
     for name, value in given.items():
-        if name not in domain.file_options:
-            known = ", ".join(domain.file_options) or "only a resolution"
-            raise ValueError(f"{name}={value}: the file of a {domain.noun} has {known}; leave {name} out")
+        if name not in known:
+            found = ", ".join(known) or f"only a resolution, in {domain.unit}"
+            raise ValueError(f"{name}={value}: the {suffix} of a {domain.noun} has {found}; leave {name} out")
         if not 0 < value <= _MOST[name]:
             raise ValueError(f"{name}={value} must be above 0 and at most {_MOST[name]}")
+    domain.check_file(suffix, resolution, **given)
     return given
 
 

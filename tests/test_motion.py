@@ -229,6 +229,14 @@ def test_a_set_of_another_content_or_skeleton_is_refused(domain: Motion, words: 
         ({"parents": (-1, 0, 0)}, r"^domain.parents has 3 entries for 2 joints"),
         ({"parents": (1, 0)}, r"^domain.parents of joint 0 lead to no root"),
         ({"deviation": (1.0,) * 5 + (0.0,)}, r"^deviation.5=0.0: "),
+        (
+            {"hierarchy": HIERARCHY.replace("6 Xposition Yposition Zposition", "3")},
+            r"^domain.hierarchy has 3 channels, domain.channels=6; leave it to the index",
+        ),
+        (
+            {"hierarchy": HIERARCHY[:-1]},
+            r"^domain.hierarchy: the HIERARCHY section is cut off.*; leave it to the index",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(changes, words):

@@ -284,12 +284,19 @@ class Domain(ABC):
         Raises ValueError where it cannot be one.
 
         Args:
-            options: some of `file_options`.
+            options: some of `options_of` the suffix.
         """
         assert not options, f"{self.kind} has no {options}"
         rendered = self.render(field, resolution).cpu()
         self.save(rendered[0], path)
         return rendered
+
+    def options_of(self, suffix: str) -> tuple[str, ...]:
+        """Those of `file_options` that a file of this kind has."""
+        return self.file_options
+
+    def check_file(self, suffix: str, resolution: int, **options: Any) -> None:  # noqa: B027  most can be written
+        """Raise ValueError where `write` could make no such file of any function: what is known before there is one."""
 
     @abstractmethod
     def save(self, rendered: Tensor, path: Path) -> None:

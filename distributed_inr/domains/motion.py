@@ -105,6 +105,15 @@ class Motion(Domain):
                 motions.check_parents(self.parents, self.channels // 3)
             except ValueError as error:
                 raise ValueError(f"domain.{error}") from None
+        if self.hierarchy is not None:
+            try:
+                width = bvh.num_channels(self.hierarchy)
+            except ValueError as error:
+                raise ValueError(f"domain.hierarchy: {error}; leave it to the index") from None
+            if width != self.channels:
+                raise ValueError(
+                    f"domain.hierarchy has {width} channels, domain.channels={self.channels}; leave it to the index"
+                )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -276,30 +285,39 @@ class Motion(Domain):
         joints = rendered.unflatten(2, (-1, 3))
         return (joints - joints[:, :, :1]).flatten(1)
 
+    def check_file(self, suffix: str, resolution: int) -> None:
+        if suffix == ".bvh" and self.hierarchy is None:
+            raise ValueError(".bvh needs channels that come from BVH files (prepared with --channels raw); write .npz")
+        if suffix in (".mp4", ".gif"):
+            if self.content != "positions":
+                raise ValueError(f"{suffix} shows positions of joints, domain.content={self.content}; write .npz")
+            clips.check_rate(suffix, self._rate(resolution))
+
     def save(self, rendered: Float[Tensor, "frames channels"], path: Path) -> None:
         """Write one motion: .npz with its rate and skeleton, .npy, .bvh of BVH's own channels, .mp4 or .gif of stick
         figures.
         """
         values, suffix = rendered.detach().cpu().float().numpy(), path.suffix.lower()
-        fps = (self.fps or _FPS) * len(values) / self.size
+        rate = self._rate(len(values))
+        try:
+            self.check_file(suffix, len(values))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         if suffix == ".npz":
-            np.savez_compressed(path, allow_pickle=False, **self._arrays(values, fps))
+            np.savez_compressed(path, allow_pickle=False, **self._arrays(values, rate))
         elif suffix == ".npy":
             np.save(path, values)
         elif suffix == ".bvh":
-            if self.hierarchy is None:
-                raise ValueError(
-                    f"{path}: .bvh needs channels that come from BVH files (prepared with --channels raw); write .npz"
-                )
-            path.write_text(bvh.write(self.hierarchy, values, fps))
+            assert self.hierarchy is not None
+            path.write_text(bvh.write(self.hierarchy, values, rate))
         elif suffix in (".mp4", ".gif"):
-            if self.content != "positions":
-                raise ValueError(
-                    f"{path}: {suffix} shows positions of joints, domain.content={self.content}; write .npz"
-                )
-            clips.write(stick_figures.frames(self._joints(rendered[None])[0], self.parents), path, rate=fps)
+            clips.write(stick_figures.frames(self._joints(rendered[None])[0], self.parents), path, rate=rate)
         else:
             raise ValueError(f"{path}: {suffix or 'no suffix'} cannot be written; use .npz, .npy, .bvh, .mp4 or .gif")
+
+    def _rate(self, frames: int) -> float:
+        """Of so many frames, how many are shown a second."""
+        return (self.fps or _FPS) * frames / self.size
 
     def _cells(
         self, signal: Signal, values: Float[Tensor, "batch frames channels"], count: int | None, purpose: str

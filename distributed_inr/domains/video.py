@@ -200,6 +200,21 @@ class Video(Domain):
         clips.write(rendered(), path, rate=fps or self._rate(frames))
         return self.render(field, min(resolution, 2 * self.size), chunk_points=chunk_points).cpu()
 
+    def options_of(self, suffix: str) -> tuple[str, ...]:
+        """Sheets of frames have no rate."""
+        return ("frames", "width") if suffix == ".png" else self.file_options
+
+    def check_file(
+        self,
+        suffix: str,
+        resolution: int,
+        *,
+        frames: int | None = None,
+        width: int | None = None,
+        fps: float | None = None,
+    ) -> None:
+        clips.check_rate(suffix, fps or self._rate(frames or self.frames))
+
     def truth(self, signal: Signal) -> Float[Tensor, "batch frames 3 size size"]:
         return (signal.inputs.transpose(1, 2) + 1) / 2
 

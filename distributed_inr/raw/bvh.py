@@ -109,6 +109,11 @@ def parse_hierarchy(text: str) -> tuple[Joint, ...]:
     return tuple(joints)
 
 
+def num_channels(hierarchy: str) -> int:
+    """Numbers of each frame, by the HIERARCHY section. Raises ValueError where it cannot be read."""
+    return sum(len(joint.channels) for joint in parse_hierarchy(hierarchy))
+
+
 def positions(file: File) -> Float[np.ndarray, "frames joints 3"]:
     """Places of all joints and ends of chains, by forward kinematics.
 
@@ -148,7 +153,7 @@ def without_jumps(file: File) -> Float[np.ndarray, "frames channels"]:
 
 def write(hierarchy: str, values: Float[np.ndarray, "frames channels"], fps: float) -> str:
     """A file's text. Raises ValueError where the channels are not those of the hierarchy."""
-    width = sum(len(joint.channels) for joint in parse_hierarchy(hierarchy))
+    width = num_channels(hierarchy)
     if values.shape[1] != width:
         raise ValueError(f"{values.shape[1]} channels for a BVH hierarchy of {width}; give as many")
     lines = [" ".join(f"{value:.6f}" for value in row) for row in values.tolist()]
