@@ -159,6 +159,14 @@ def test_ones_own_folder_opens(tmp_path: Path, kind: str):
     assert DOMAIN.shown(signal)["seen"].shape == (3, 16, 64)
 
 
+def test_ones_own_folder_gives_as_many_views_and_points_as_the_set_has(tmp_path: Path):
+    write_transforms(tmp_path / "arms", side=16, count=70, points=False)
+    domain = Scene(size=16, view_size=16, num_views=70, num_points=5000, point_noise=0.0)
+    signal = domain.open(tmp_path / "arms")
+    assert signal.targets["views"].shape[1] == 70  # type: ignore[index]
+    assert len(signal.inputs[0].unique(dim=0)) == 5000
+
+
 def test_what_is_no_folder_of_views_is_refused(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="neither transforms.json nor intrinsics.txt"):

@@ -1,15 +1,19 @@
 """Preparing scenes: nerfstudio and SRN folders, points and visual hulls, and mistakes."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_scenes import ARMS, FOCAL, THICK, boxes, look_from, picture, ply, poses, surface, write_srn, write_transforms
 from tiny_sets import by_key
 
+from distributed_inr.config import from_json, to_json
 from distributed_inr.data.layouts import SOURCES
 from distributed_inr.data.prepare import Plan, Prepared, prepare_set
 from distributed_inr.domains.domain import Record
@@ -63,6 +67,22 @@ def test_positions_in_other_units_are_scaled(tmp_path: Path):
         ValueError, match=r"outside the unit sphere, 99% within 8\S* of the origin; prepare with --scale"
     ):
         encode(view_folders.read_folder(tmp_path / "raw" / "arms", 64), Form(size=32))
+
+
+@pytest.mark.parametrize("own", [{"scale": 0.1}, {"fit": "cameras"}, {"fit": "cameras", "scale": 1.5}])
+def test_ones_own_folder_is_placed_as_the_set_was(tmp_path: Path, own: dict[str, Any]):
+    write_transforms(tmp_path / "raw" / "arms", scale=10.0)
+    made = prepare(tmp_path / "raw", tmp_path / "out", form=dataclasses.replace(FORM, **own)).parts["train"]
+    protocol = json.loads(json.dumps(dict(made.protocol)))
+    domain = DOMAIN.settle(protocol)
+    assert from_json(Scene, to_json(domain)) == domain == domain.settle(protocol)
+    found, stored = domain.open(tmp_path / "raw" / "arms"), domain.read(by_key(made)["arms"], 0)
+    assert torch.equal(found.targets["cameras"][0], stored.targets["cameras"])  # type: ignore[index]
+    inside = by_key(made)["arms"]["points.npy"]
+    reach = np.abs(read_npy(inside)[:, :3]).max(0)
+    np.testing.assert_allclose(found.inputs[0, :, :3].abs().amax(0), reach, atol=0.03)
+    kept = dataclasses.replace(DOMAIN, scale=0.2, fit="given").settle(protocol)
+    assert isinstance(kept, Scene) and (kept.scale, kept.fit) == (0.2, "given")
 
 
 def test_frames_may_have_their_own_intrinsics_and_the_pictures_be_wide(tmp_path: Path):

@@ -18,7 +18,7 @@ from distributed_inr.domains.domain import Domain, Queries, Record, Signal, capt
 from distributed_inr.domains.image import downscale
 from distributed_inr.field import Field
 from distributed_inr.raw import posed_views, view_folders
-from distributed_inr.raw.posed_views import CAMERA_DIM, Ground
+from distributed_inr.raw.posed_views import CAMERA_DIM, Fit, Form, Ground
 
 Views = Float[Tensor, "batch views 3 height width"]
 
@@ -76,6 +76,10 @@ class Scene(Domain):
     """Frames of a film once around the object."""
     orbit_elevation: Annotated[float, pydantic.Field(gt=-90, lt=90)] = 25.0
     """Degrees above the ground from which films look, and renderings where the training set's cameras differ."""
+    scale: Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)] | None = None
+    """Multiplies all positions of one's own folders; none takes the --scale that the set was prepared with."""
+    fit: Fit | None = None
+    """Where one's own folders' unit sphere lies; none takes the --fit that the set was prepared with."""
     cameras: tuple[tuple[float, ...], ...] = ()
     """Cameras of renderings, 20 numbers each; empty takes the set's held-out ones where its objects share them, else a
     few of an orbit."""
@@ -119,7 +123,15 @@ class Scene(Domain):
 
     def open(self, path: Path) -> Signal:
         """A folder of views with their cameras: transforms.json (nerfstudio, instant-ngp) or SRN."""
-        form = posed_views.Form(size=self.view_size, ground=self.ground, hold_out_every=self.hold_out_every)
+        form = Form(
+            size=self.view_size,
+            ground=self.ground,
+            num_points=max(self.num_points, Form.num_points),
+            max_views=max(self.num_views, Form.max_views),
+            scale=self.scale,
+            fit=self.fit or Form.fit,
+            hold_out_every=self.hold_out_every,
+        )
         if not path.is_dir():
             raise ValueError(f"{path} is not a folder; give one of views, with transforms.json or SRN's intrinsics.txt")
         try:
@@ -158,8 +170,8 @@ class Scene(Domain):
         return torch.zeros(count, self.num_points, 6), {"views": views, "cameras": cameras.repeat(count, 1, 1)}
 
     def settle(self, protocol: Mapping[str, Any]) -> Domain:
-        """Render from the held-out cameras, where all training objects share them. Refuses a set of another ground, or
-        whose points were carved without other views.
+        """Place one's own folders as the set's were, and render from the held-out cameras, where all training objects
+        share them. Refuses a set of another ground, or whose points were carved without other views.
         """
         shared, form = protocol.get("cameras"), protocol.get("form") or {}
         if (ground := form.get("ground", self.ground)) != self.ground:
@@ -169,11 +181,14 @@ class Scene(Domain):
                 f"domain.hold_out_every={self.hold_out_every}, but the set was prepared with {every}, and points are "
                 f"carved without these views; set it to {every}, or prepare with --hold-out-every {self.hold_out_every}"
             )
-        if self.cameras or not shared:
-            return self
-        own = posed_views.chosen(len(shared), self.num_views, self.hold_out_every)
-        kept = [shared[own[i]] for i in posed_views.held_out(self.num_views, self.hold_out_every)]
-        return override(self, {"cameras": kept})
+        told: dict[str, Any] = {}
+        for name in ("scale", "fit"):
+            if getattr(self, name) is None and form.get(name) not in (None, getattr(Form, name)):
+                told[name] = form[name]
+        if shared and not self.cameras:
+            own = posed_views.chosen(len(shared), self.num_views, self.hold_out_every)
+            told["cameras"] = [shared[own[i]] for i in posed_views.held_out(self.num_views, self.hold_out_every)]
+        return override(self, told) if told else self
 
     @property
     def num_copies(self) -> int:

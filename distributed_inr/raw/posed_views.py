@@ -23,6 +23,7 @@ from distributed_inr.raw.view_folders import DECODERS, PosedViews, check_rotatio
 from distributed_inr.raw.visual_hull import carve
 
 Ground = Literal["white", "black"]
+Fit = Literal["given", "cameras"]
 
 CAMERA_DIM = 20
 
@@ -41,7 +42,7 @@ class Form:
     scale: float | None = option(
         None, "multiplies all positions, so that the object lies in the unit sphere (default: 1, 2 for --layout srn)"
     )
-    fit: Literal["given", "cameras"] = option(
+    fit: Fit = option(
         "given",
         "given: the object lies around the origin; cameras: the point that the views look at becomes the origin, and "
         "the largest sphere there that all of them see whole the unit sphere",
