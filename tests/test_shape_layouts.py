@@ -1,6 +1,8 @@
 """Raw shapes as they lie on disks: mesh files, voxel grids, and miniatures of Occupancy Networks' sets."""
 
 import json
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,23 @@ def test_voxels_are_x_y_z_packed_or_not_with_captions_by_key(tmp_path: Path):
     assert "a grid of 4 x 4 x 4 cells, --resolution 16" in reasons["sub/small.npy"]
     assert "4 x 4 x 5" in reasons["sub/long.npy"]
     assert "not a .npy" in reasons["sub/objects.npy"]
+
+
+def test_grids_are_read_by_many_threads_and_those_of_few_files_kept(tmp_path: Path):
+    size = 8 * 32**3 * 8
+    for number in range(8):
+        keys = np.array([f"{number}-{i}" for i in range(8)])
+        np.savez_compressed(tmp_path / f"{number}.npz", occupancy=np.full((8, 32, 32, 32), float(number)), keys=keys)
+    items = SHAPES.layouts["voxels"](tmp_path, None, Form())
+    tracemalloc.start()
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda item: (item.key, item.load().occupied.any()), items))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == [(f"{number}-{i}", number > 0) for number in range(8) for i in range(8)]
+    assert peak < 8 * size  # two files are kept, another is unpacked in parts, and each thread has a grid
 
 
 def occupancy_networks(root: Path, *, models: int = 4) -> None:

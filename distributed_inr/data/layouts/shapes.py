@@ -1,5 +1,7 @@
 """The ways in which raw shapes lie on disks: mesh files, voxel grids, and the sets of Occupancy Networks."""
 
+import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from distributed_inr.raw.meshes import MESH_SUFFIXES, Form
 _GRID_SUFFIXES = (".npy", ".npz")
 _LISTS: dict[str, Part] = {"train.lst": "train", "val.lst": "val", "test.lst": "val"}
 _CELLS = (*BITS, *INTEGERS, *FLOATS)
+_HELD_FILES = 2
 _CUBE = 1.1
 """Side of the cube that Occupancy Networks draw points from: a unit cube and a tenth."""
 
@@ -47,6 +50,7 @@ def voxels(root: Path, metadata: Path | None, form: Form) -> list[Item]:
     `keys`; captions as for mesh-files.
     """
     found: list[Item] = []
+    grids = _ManyGrids()
     for item in walk(root, _GRID_SUFFIXES):
         path = root / item.name
         try:
@@ -61,9 +65,8 @@ def voxels(root: Path, metadata: Path | None, form: Form) -> list[Item]:
         if not keys:
             found.append(replace(item, load=_OneGrid(path)))
             continue
-        many = _ManyGrids(path)
         for number, key in enumerate(keys):
-            load = _Numbered(many, number)
+            load = _Numbered(grids, path, number)
             key = (Path(item.name).parent / key).as_posix()
             found.append(Item(key, f"{item.name}#{key}", load, item.size // len(keys), unit=key, part=item.part))
     return described(found, root, metadata)
@@ -162,34 +165,37 @@ class _OneGrid:
 
 
 class _ManyGrids:
-    """The grids of one file, read when the first is asked for."""
+    """The grids of files that hold many; the last few files' stay in memory, because one is asked for after another."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.values: np.ndarray | None = None
+    def __init__(self) -> None:
+        self._lock, self._read = threading.Lock(), functools.lru_cache(_HELD_FILES)(_read_grids)
 
-    def grid(self, number: int) -> _Grid:
-        if self.values is None:
-            archive = Archive(self.path.read_bytes())
-            if "occupancy" not in archive:
-                raise ValueError("it has keys but no occupancy")
-            self.values = archive.read("occupancy", _CELLS)
-        values = self.values[number]
+    def one(self, path: Path, number: int) -> np.ndarray:
+        with self._lock:
+            return self._read(path)[number].copy()  # which keeps none of the others
+
+
+def _read_grids(path: Path) -> np.ndarray:
+    archive = Archive(path.read_bytes())
+    if "occupancy" not in archive:
+        raise ValueError("it has keys but no occupancy")
+    return archive.read("occupancy", _CELLS)
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    grids: _ManyGrids
+    path: Path
+    number: int
+
+    def __call__(self) -> _Grid:
+        values = self.grids.one(self.path, self.number)
         if values.ndim == 1:  # packed bits
             side = round((8 * values.size) ** (1 / 3))
             if side**3 != 8 * values.size or values.dtype != np.uint8:
                 raise ValueError(f"{values.size} bytes of packed bits are no cube of cells")
             return _Grid(np.unpackbits(values).reshape((side,) * 3).astype(bool))
         return _Grid(_occupied(values))
-
-
-@dataclass(frozen=True)
-class _Numbered:
-    many: _ManyGrids
-    number: int
-
-    def __call__(self) -> _Grid:
-        return self.many.grid(self.number)
 
 
 @dataclass(frozen=True)
