@@ -1,5 +1,7 @@
 """BVH files: forward kinematics, a file's own channels, and what is wrong with damaged ones."""
 
+import contextlib
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +110,42 @@ def test_damaged_bvh_files_are_named_by_what_is_wrong(old: str, new: str, words:
     with pytest.raises(ValueError, match=words) as problem:
         bvh.parse(TWO_JOINTS.replace(old, new).encode())
     assert "\n" not in str(problem.value)
+
+
+def longer(frames: int) -> bytes:
+    return TWO_JOINTS.replace("1 90 2 0 90 0 90 0 0\n", "1 90 2 0 90 0 90 0 0\n" * (frames - 2)).encode()
+
+
+def peak_of_parsing(content: bytes) -> float:
+    """Bytes that parsing takes at most, over the file's own."""
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(ValueError):
+            bvh.parse(content)
+        return tracemalloc.get_traced_memory()[1] / len(content)
+    finally:
+        tracemalloc.stop()
+
+
+def test_little_more_than_the_numbers_is_held_of_a_file_and_nothing_of_one_that_counts_wrongly() -> None:
+    content = longer(30_000)  # 0.6 MB; 8 bytes are held of each number, which takes 2.3 in this file
+    assert bvh.parse(content.replace(b"Frames: 3\n", b"Frames: 30000\n")).values.shape == (30_000, 9)
+    assert peak_of_parsing(content.replace(b"Frames: 3\n", b"Frames: 30000\n")) < 4
+    for claimed in (b"3", b"29999", b"999999999"):
+        assert peak_of_parsing(content.replace(b"Frames: 3\n", b"Frames: " + claimed + b"\n")) < 0.1
+
+
+def test_what_no_recording_has_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    padded = TWO_JOINTS.replace("ROOT Hip", "ROOT Hip" + " " * 2**20)
+    with pytest.raises(
+        ValueError, match=r"^the HIERARCHY section has 1048\d\d\d bytes, above the limit of 1048576; sh"
+    ):
+        bvh.parse(padded.encode())
+    monkeypatch.setattr(bvh, "MAX_NUMBERS", 26)
+    with pytest.raises(ValueError, match=r"^3 frames of 9 channels, above the limit of 26 numbers; cut the recording"):
+        bvh.parse(TWO_JOINTS.encode())
+    word = "9" * 100 + "x" + "9" * 100_000
+    with pytest.raises(ValueError, match=r"^the MOTION section holds what is not a number") as problem:
+        monkeypatch.undo()
+        bvh.parse(TWO_JOINTS.replace("1 90 2 90", f"1 {word} 2 90").encode())
+    assert len(str(problem.value)) < 200

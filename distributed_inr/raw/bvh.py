@@ -8,7 +8,12 @@ import numpy as np
 from jaxtyping import Float
 
 MAX_JOINTS = 1000
+MAX_NUMBERS = 2**25
+"""Of the MOTION section: an hour and a half of 100 channels at 60 frames a second, a quarter of a GiB once parsed."""
 
+_MAX_HIERARCHY_BYTES = 2**20
+_HEADER = re.compile(rb"\s*Frames:\s*(\d{1,9})\s+Frame\s+Time:\s*([0-9.eE+-]{1,30})\s")
+_WORD = re.compile(rb"\S+")
 _ROTATIONS = {"Xrotation": 0, "Yrotation": 1, "Zrotation": 2}
 _POSITIONS = {"Xposition": 0, "Yposition": 1, "Zposition": 2}
 
@@ -40,26 +45,38 @@ class File:
 
 
 def parse(content: bytes) -> File:
-    """Read a file. Raises ValueError with the first thing that is wrong."""
-    text = content.decode("utf-8", errors="replace")
-    hierarchy, motion, rest = text.partition("MOTION")
-    if not motion:
+    """Read a file. Raises ValueError with the first thing that is wrong.
+
+    Words are taken one by one, and counted before any is kept: split at once, they would be ten times the file.
+    """
+    end = content.find(b"MOTION")
+    if end < 0:
         raise ValueError("no MOTION section: not a BVH file, or cut off")
+    if end > _MAX_HIERARCHY_BYTES:
+        raise ValueError(
+            f"the HIERARCHY section has {end} bytes, above the limit of {_MAX_HIERARCHY_BYTES}; shorten it"
+        )
+    hierarchy = content[:end].decode("utf-8", errors="replace")
     joints = parse_hierarchy(hierarchy)
-    header = re.match(r"\s*Frames:\s*(\d{1,9})\s+Frame\s+Time:\s*([0-9.eE+-]{1,30})\s", rest)
+    header = _HEADER.match(content, end + len(b"MOTION"))
     if header is None:
         raise ValueError("the MOTION section does not begin with Frames and Frame Time")
     count, width = int(header[1]), sum(len(joint.channels) for joint in joints)
-    seconds = _number(header[2])
-    words = rest[header.end() :].split()
-    if len(words) != count * width:
-        raise ValueError(f"{len(words)} numbers in the MOTION section, expected {count} frames of {width} channels")
-    try:
-        values = np.array(words, dtype=np.float64).reshape(count, width)
-    except ValueError as error:
-        raise ValueError(f"the MOTION section holds what is not a number: {error}") from None
+    seconds = _number(header[2].decode())
     if not seconds > 0:
         raise ValueError(f"Frame Time is {seconds}; it must be above 0")
+    if count * width > MAX_NUMBERS:
+        raise ValueError(
+            f"{count} frames of {width} channels, above the limit of {MAX_NUMBERS} numbers; cut the recording"
+        )
+    found = sum(1 for _ in _WORD.finditer(content, header.end()))
+    if found != count * width:
+        raise ValueError(f"{found} numbers in the MOTION section, expected {count} frames of {width} channels")
+    try:
+        numbers = (float(word[0]) for word in _WORD.finditer(content, header.end()))
+        values = np.fromiter(numbers, np.float64, count=found).reshape(count, width)
+    except ValueError as error:
+        raise ValueError(f"the MOTION section holds what is not a number: {str(error)[:80]}") from None
     return File(hierarchy.strip(), joints, values, round(1 / seconds, 3))
 
 
