@@ -83,6 +83,41 @@ def test_voxels_are_x_y_z_packed_or_not_with_captions_by_key(tmp_path: Path):
     assert "not a .npy" in reasons["sub/objects.npy"]
 
 
+def test_files_of_grids_that_cannot_be_right_are_left_out_with_a_reason(tmp_path: Path):
+    raw, grids = tmp_path / "raw", np.zeros((3, 16, 16, 16), bool)
+    raw.mkdir()
+    grids[:, 4:9, 5:12, 3:8] = True
+    np.savez(raw / "good.npz", occupancy=grids, keys=np.array(["a.1", "b", "c"]))
+    np.savez(raw / "few.npz", occupancy=grids, keys=np.array(["d", "e", "f", "g"]))
+    np.savez(raw / "flat.npz", occupancy=grids[0, :1], keys=np.array(["h"]))
+    np.savez(raw / "none.npz", keys=np.array(["i"]))
+    np.savez(raw / "number.npz", occupancy=np.float32(1), keys=np.array(["j"]))
+    np.savez(raw / "one-key.npz", occupancy=grids, keys=np.array("k"))
+    np.savez(raw / "numbers.npz", occupancy=grids, keys=np.arange(3))
+    np.savez(raw / "zero.npz", grid=np.float32(1))
+    np.save(raw / "zero.npy", np.float32(1))
+    (raw / "junk.npz").write_bytes(b"PK junk")
+    np.savez(raw / "UPPER.npz", grids[0])
+    (raw / "UPPER.npz").rename(raw / "UPPER.NPZ")
+    made = prepare_set(raw, str(tmp_path / "out"), plan(layout="voxels"))
+    assert sorted(by_key(made.parts["train"])) == ["UPPER", "a_1", "b", "c"]
+    reasons = dict(made.skipped)
+    for name, reason in {
+        "few.npz#d": "4 keys, occupancy of shape [3, 16, 16, 16]",
+        "few.npz#g": "4 keys, occupancy of shape [3, 16, 16, 16]",
+        "flat.npz#h": "1 keys, occupancy of shape [1, 16, 16]",
+        "none.npz#i": "keys but no occupancy",
+        "number.npz#j": "1 keys, occupancy of shape []",
+        "one-key.npz": "keys of shape []",
+        "numbers.npz": "keys: not a .npy of version 1.0 that holds one of <U",
+        "zero.npz": "an array of shape []",
+        "zero.npy": "an array of shape []",
+        "junk.npz": "not an .npz file",
+    }.items():
+        assert reason in reasons.pop(name), name
+    assert list(reasons) == ["few.npz#e", "few.npz#f"]
+
+
 def test_grids_are_read_by_many_threads_and_those_of_few_files_kept(tmp_path: Path):
     size = 8 * 32**3 * 8
     for number in range(8):
@@ -143,6 +178,35 @@ def test_what_occupancy_networks_sets_lack_is_one_clear_line(tmp_path: Path):
     made = prepare_set(tmp_path / "raw", str(tmp_path / "out"), plan(layout="occupancy-networks"))
     assert [name for name, _ in made.skipped] == ["03001627/model1/points.npz"]
     assert "pointcloud.npz cannot be read" in made.skipped[0][1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"points": np.float32(1)}, "points of shape [], surface [1000, 3] and occupancies [250]"),
+        ({"occupancies": np.uint8(1)}, "points of shape [2000, 3], surface [1000, 3] and occupancies []"),
+        ({"occupancies": np.ones((2000, 1))}, "and occupancies [2000, 1]"),
+        ({"occupancies": np.ones(1999)}, "and occupancies [1999]"),
+        ({"occupancies": np.linspace(-1, 1, 2000)}, "occupancies outside [0, 1]"),
+        ({"occupancies": np.full(2000, np.nan)}, "occupancies outside [0, 1]"),
+        ({"points": np.full((2000, 3), 1e6)}, "points outside the cube of side 1.1"),
+        ({"points": np.full((2000, 3), np.nan)}, "points outside the cube of side 1.1"),
+        ({"surface": np.full((10, 3), 0.7)}, "points outside the cube of side 1.1"),
+        ({"surface": np.zeros((0, 3))}, "no points of the surface"),
+        ({"surface": np.float32(0)}, "surface [] and"),
+    ],
+)
+def test_queried_points_that_cannot_be_right_are_left_out_with_a_reason(changes: dict, reason: str, tmp_path: Path):
+    occupancy_networks(tmp_path / "raw", models=2)
+    folder = tmp_path / "raw" / "03001627"
+    (folder / "val.lst").unlink()
+    arrays = dict(np.load(folder / "model1" / "points.npz")) | changes
+    if (surface := arrays.pop("surface", None)) is not None:
+        np.savez(folder / "model1" / "pointcloud.npz", points=surface)
+    np.savez(folder / "model1" / "points.npz", **arrays)
+    made = prepare_set(tmp_path / "raw", str(tmp_path / "out"), plan(layout="occupancy-networks"))
+    assert list(by_key(made.parts["train"])) == ["03001627/model0"]
+    assert [name for name, _ in made.skipped] == ["03001627/model1/points.npz"] and reason in made.skipped[0][1]
 
 
 def test_the_form_refuses_what_cannot_be():

@@ -20,6 +20,8 @@ _CELLS = (*BITS, *INTEGERS, *FLOATS)
 _HELD_FILES = 2
 _CUBE = 1.1
 """Side of the cube that Occupancy Networks draw points from: a unit cube and a tenth."""
+_ROUNDING = 2e-3
+"""How far beyond it their points lie, of half its side: they are stored with three digits."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +56,31 @@ def voxels(root: Path, metadata: Path | None, form: Form) -> list[Item]:
     for item in walk(root, _GRID_SUFFIXES):
         path = root / item.name
         try:
-            archive = Archive(path.read_bytes()) if path.suffix == ".npz" else ()
-            keys = (
-                [str(key) for key in archive.read("keys", TEXT)]
-                if isinstance(archive, Archive) and "keys" in archive
-                else []
-            )
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; restore it, or move it out of the folder") from None
-        if not keys:
+            names = _keys(Archive(path.read_bytes())) if path.suffix.lower() == ".npz" else []
+        except ValueError:
+            names = []  # what is wrong is said when it is loaded
+        if not names:
             found.append(replace(item, load=_OneGrid(path)))
-            continue
-        for number, key in enumerate(keys):
-            load = _Numbered(grids, path, number)
-            key = (Path(item.name).parent / key).as_posix()
-            found.append(Item(key, f"{item.name}#{key}", load, item.size // len(keys), unit=key, part=item.part))
+        for number, name in enumerate(names):
+            load, own = _Numbered(grids, path, number), Path(item.name).parent / name
+            key, name = _sample_key(own), f"{item.name}#{own.as_posix()}"
+            found.append(Item(key, name, load, item.size // len(names), unit=key, part=item.part))
     return described(found, root, metadata)
+
+
+def _keys(archive: Archive) -> list[str]:
+    """Of the grids of a file that holds many; empty where it holds one."""
+    if "keys" not in archive:
+        return []
+    keys = archive.read("keys", TEXT)
+    if keys.ndim != 1:
+        raise ValueError(f"keys of shape {list(keys.shape)}; expected one for each grid")
+    return [str(key) for key in keys]
+
+
+def _sample_key(path: Path) -> str:
+    """webdataset's keys end at the first dot of the last part."""
+    return (path.parent / path.name.replace(".", "_")).as_posix()
 
 
 def occupancy_networks(root: Path, metadata: Path | None, form: Form) -> list[Item]:
@@ -97,14 +108,8 @@ def occupancy_networks(root: Path, metadata: Path | None, form: Form) -> list[It
             if missing:
                 raise ValueError(f"{folder}: {len(missing)} listed models have no points.npz, first {missing[0]}")
         for model in models:
-            item = item_of(root, model / "points.npz")
-            item = replace(
-                item,
-                key=f"{folder.name}/{model.name}",
-                unit=f"{folder.name}/{model.name}",
-                load=_QueriedFiles(model),
-                part=parts.get(model.name),
-            )
+            item, key = item_of(root, model / "points.npz"), _sample_key(Path(folder.name, model.name))
+            item = replace(item, key=key, unit=key, load=_QueriedFiles(model), part=parts.get(model.name))
             found.append(with_class(item, names.get(folder.name, folder.name)))
     return found
 
@@ -139,9 +144,10 @@ def _convert_queried(content: _Queried, form: Form) -> dict[str, bytes]:
     chosen = generator.permutation(len(content.points))[: form.queries]
     seen = generator.permutation(len(content.surface))[: form.points]
     rows = np.concatenate([content.points[chosen], content.occupied[chosen, None]], axis=1)
+    surface = content.surface[seen].astype(np.float16)
     if not 0 < content.occupied.mean() < 1:
         raise ValueError(f"all of its points are {'inside' if content.occupied.all() else 'outside'}")
-    return {"queries.npy": write_npy(rows.astype(np.float16)), "surface.npy": write_npy(content.surface[seen])}
+    return {"queries.npy": write_npy(rows.astype(np.float16)), "surface.npy": write_npy(surface)}
 
 
 @dataclass(frozen=True)
@@ -150,17 +156,18 @@ class _OneGrid:
 
     def __call__(self) -> _Grid:
         content = self.path.read_bytes()
-        if self.path.suffix == ".npy":
+        if self.path.suffix.lower() == ".npy":
             values = read_npy(content, _CELLS)
         else:
             archive = Archive(content)
+            _keys(archive)
             if len(archive.names) != 1:
                 raise ValueError(
                     f"it holds {', '.join(archive.names) or 'nothing'}; expected one grid, or occupancy and keys"
                 )
             values = archive.read(archive.names[0], _CELLS)
         if values.ndim != 3:
-            raise ValueError(f"an array of shape {values.shape}; expected [x, y, z]")
+            raise ValueError(f"an array of shape {list(values.shape)}; expected [x, y, z]")
         return _Grid(_occupied(values))
 
 
@@ -179,7 +186,12 @@ def _read_grids(path: Path) -> np.ndarray:
     archive = Archive(path.read_bytes())
     if "occupancy" not in archive:
         raise ValueError("it has keys but no occupancy")
-    return archive.read("occupancy", _CELLS)
+    values, count = archive.read("occupancy", _CELLS), len(_keys(archive))
+    if values.ndim not in (2, 4) or len(values) != count:
+        raise ValueError(
+            f"{count} keys, occupancy of shape {list(values.shape)}; expected [keys, x, y, z] or bits [keys, bytes]"
+        )
+    return values
 
 
 @dataclass(frozen=True)
@@ -211,17 +223,22 @@ class _QueriedFiles:
             raise ValueError("points.npz must have points and occupancies, pointcloud.npz points")
         points, occupied = queried.read("points"), queried.read("occupancies", _CELLS)
         surface = cloud.read("points")
+        shapes = f"points of shape {list(points.shape)}, surface {list(surface.shape)}"
+        shapes = f"{shapes} and occupancies {list(occupied.shape)}; expected three numbers for each and one"
+        if points.shape[1:] != (3,) or surface.shape[1:] != (3,) or occupied.ndim != 1:
+            raise ValueError(shapes)
         if occupied.dtype == np.uint8 and len(occupied) == -(-len(points) // 8):
             occupied = np.unpackbits(occupied, count=len(points))
-        if len(occupied) != len(points) or points.shape[1:] != (3,) or surface.shape[1:] != (3,):
-            raise ValueError(
-                f"points of shape {points.shape} with {len(occupied)} occupancies; expected three numbers each"
-            )
-        scale = 2 / _CUBE
-        surface = (surface.astype(np.float64) * scale).astype(np.float16)
-        if not (np.isfinite(points).all() and np.isfinite(surface).all()):
-            raise ValueError("points that are not finite")
-        return _Queried(points.astype(np.float64) * scale, occupied.astype(np.float64), surface)
+        if len(occupied) != len(points):
+            raise ValueError(shapes)
+        if len(surface) == 0:
+            raise ValueError("no points of the surface")
+        if not ((occupied >= 0) & (occupied <= 1)).all():
+            raise ValueError("occupancies outside [0, 1]")
+        points, surface = (2 / _CUBE * values.astype(np.float64) for values in (points, surface))
+        if not all((np.abs(values) <= 1 + _ROUNDING).all() for values in (points, surface)):
+            raise ValueError(f"points outside the cube of side {_CUBE} that they are expected in")
+        return _Queried(points, occupied.astype(np.float64), surface)
 
 
 def _occupied(values: np.ndarray) -> np.ndarray:
