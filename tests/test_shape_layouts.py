@@ -181,6 +181,29 @@ def test_what_occupancy_networks_sets_lack_is_one_clear_line(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metadata.yaml", b"'03001627': {name: chair", "metadata.yaml is not YAML: .*; mend it, or move it"),
+        ("metadata.yaml", b"'03001627': {name: 2020-13-45}\n", "metadata.yaml is not YAML: month must be in"),
+        ("metadata.yaml", b"- chair\n", "metadata.yaml: expected a name for each class, .*; mend it, or move it"),
+        ("metadata.yaml", b"'03001627': chair\n", "metadata.yaml: expected a name for each class"),
+        ("metadata.yaml", b"'03001627': {id: '03001627'}\n", "metadata.yaml: expected a name for each class"),
+        ("metadata.yaml", b"", "metadata.yaml: expected a name for each class"),
+        ("metadata.yaml", b"'03001627': {name: \xff}\n", "metadata.yaml cannot be read: it is not UTF-8; restore it"),
+        ("03001627/train.lst", b"model0\n\xff\n", "train.lst cannot be read: it is not UTF-8; restore it"),
+    ],
+)
+def test_lists_and_names_that_cannot_be_read_are_one_clear_line(
+    name: str, content: bytes, message: str, tmp_path: Path
+):
+    occupancy_networks(tmp_path / "raw")
+    (tmp_path / "raw" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        prepare_set(tmp_path / "raw", str(tmp_path / "out"), plan(layout="occupancy-networks"))
+    assert str(tmp_path / "raw" / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"points": np.float32(1)}, "points of shape [], surface [1000, 3] and occupancies [250]"),

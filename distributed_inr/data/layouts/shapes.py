@@ -87,12 +87,7 @@ def occupancy_networks(root: Path, metadata: Path | None, form: Form) -> list[It
     """As Occupancy Networks distribute ShapeNet: a folder per class, in it a folder per model with points.npz and
     pointcloud.npz, and train.lst, val.lst, test.lst; names of classes in metadata.yaml.
     """
-    import yaml
-
-    names: dict[str, str] = {}
-    if (root / "metadata.yaml").is_file():
-        known = yaml.safe_load((root / "metadata.yaml").read_text())
-        names = {key: str(value["name"]).split(",")[0] for key, value in known.items()}
+    names = _class_names(root / "metadata.yaml") if (root / "metadata.yaml").is_file() else {}
     found: list[Item] = []
     for folder in sorted(path.parent.parent for path in root.glob("*/*/points.npz")):
         if found and found[-1].key.split("/")[0] == folder.name:
@@ -100,7 +95,7 @@ def occupancy_networks(root: Path, metadata: Path | None, form: Form) -> list[It
         parts: dict[str, Part] = {}
         for name, part in _LISTS.items():
             if (folder / name).is_file():
-                parts |= dict.fromkeys((folder / name).read_text().split(), part)
+                parts |= dict.fromkeys(_text(folder / name).split(), part)
         models = sorted(path.parent for path in folder.glob("*/points.npz"))
         if parts:
             models = [model for model in models if model.name in parts]
@@ -112,6 +107,29 @@ def occupancy_networks(root: Path, metadata: Path | None, form: Form) -> list[It
             item = replace(item, key=key, unit=key, load=_QueriedFiles(model), part=parts.get(model.name))
             found.append(with_class(item, names.get(folder.name, folder.name)))
     return found
+
+
+def _class_names(path: Path) -> dict[str, str]:
+    """By folder, the first of each class's names."""
+    import yaml
+
+    remedy, text = "mend it, or move it out of the folder: classes are then named as their folders", _text(path)
+    try:
+        known = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of dates that cannot be
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}; {remedy}") from None
+    entries = known.values() if isinstance(known, dict) else [None]
+    if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in entries):
+        raise ValueError(f"{path}: expected a name for each class, such as '03001627': {{name: chair}}; {remedy}")
+    return {key: entry["name"].split(",")[0] for key, entry in known.items()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(f"{path} cannot be read: {reason}; restore it, or move it out of the folder") from None
 
 
 def _convert(content: _Grid | Path | _Queried, form: Form) -> dict[str, bytes]:
