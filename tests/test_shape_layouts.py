@@ -237,6 +237,9 @@ def test_the_form_refuses_what_cannot_be():
         Form(fill=1.5)
     with pytest.raises(ValueError, match="--resolution 0 must be at least 1"):
         Form(resolution=0)
+    for close in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"--close {close} must be at least 0, and finite; try 1"):
+            Form(close=close)
     assert list(SHAPES.layouts) == ["mesh-files", "voxels", "occupancy-networks"]
 
 

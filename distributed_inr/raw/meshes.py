@@ -49,6 +49,8 @@ class Form:
     def __post_init__(self) -> None:
         if not 0 < self.fill <= 1:
             raise ValueError(f"--fill {self.fill} must lie in (0, 1]; try 0.875")
+        if not 0 <= self.close < np.inf:
+            raise ValueError(f"--close {self.close} must be at least 0, and finite; try 1")
         for name in ("resolution", "points", "queries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
