@@ -77,3 +77,11 @@ def test_lsun_is_exported_files_or_an_lmdb_with_the_package(tmp_path: Path) -> N
         patch.setitem(sys.modules, "lmdb", None)
         with pytest.raises(ValueError, match="is an lmdb; pip install lmdb"):
             prepare_set(tmp_path / "lmdb", str(tmp_path / "out2"), Plan(layout="lsun"))
+
+
+def test_files_that_cannot_be_read_are_left_out_and_the_others_kept(tmp_path: Path) -> None:
+    save_picture(tmp_path / "raw/a.png")
+    (tmp_path / "raw/gone.png").symlink_to(tmp_path / "nowhere")
+    made = prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none"))
+    assert list(by_key(made.parts["train"])) == ["a"]
+    assert made.skipped == [("gone.png", "cannot be read: No such file or directory")]

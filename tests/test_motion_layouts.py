@@ -180,13 +180,15 @@ def test_what_cannot_be_used_is_left_out_by_name_with_the_reason(tmp_path: Path)
     (tmp_path / "raw/text.npz").write_bytes(b"garbage")
     (tmp_path / "raw/text.npy").write_bytes(b"garbage")
     (tmp_path / "raw/notes.txt").write_text("not a motion")
+    (tmp_path / "raw/gone.npz").symlink_to(tmp_path / "nowhere")
     made = prepared(tmp_path, split="none")
     assert {key.split("/")[0] for key in clips(made)} == {"a", "nan"} and len(clips(made)) == 8
     reasons = dict(made.skipped)
     assert set(reasons) == {
-        *("nan.npz#0", "nan.npz#5", "none.npz", "object.npz", "odd.npz", "rate.npz"),
+        *("gone.npz", "nan.npz#0", "nan.npz#5", "none.npz", "object.npz", "odd.npz", "rate.npz"),
         *("short.npz", "text.npy", "text.npz", "wide.npz"),
     }
+    assert reasons["gone.npz"] == "cannot be read: No such file or directory"
     assert reasons["nan.npz#5"] == "1 of 10 frames have values that are not finite, first 2"
     assert reasons["short.npz"] == "9 frames, shorter than --frames 10"
     assert "30 frames a second" not in reasons["rate.npz"] and reasons["rate.npz"].startswith(
@@ -211,6 +213,17 @@ def test_a_rate_brings_all_files_to_it_by_linear_interpolation(tmp_path: Path) -
     assert made.parts["train"].protocol["motion"]["fps"] == 20
     ramp = motions.Recording(np.arange(5.0)[:, None], 10.0, "channels").resampled(25.0)
     np.testing.assert_allclose(ramp.values[:, 0], np.arange(11) * 0.4)
+
+
+def test_a_file_that_tells_a_rate_of_next_to_nothing_is_left_out(tmp_path: Path) -> None:
+    save(tmp_path / "raw/a.npz", positions=walk(40), fps=40)
+    save(tmp_path / "raw/slow.npz", positions=walk(40), fps=1e-6)
+    made = prepared(tmp_path, split="none", form=Form(frames=20, stride=20, start="kept", fps=20.0))
+    assert list(clips(made)) == ["a/000000"]
+    reason = "780000001 frames of 12 channels at --fps 20, above the limit of 134217728 numbers; cut the recording, or "
+    assert made.skipped == [("slow.npz", reason + "correct the 1e-06 frames a second that it tells")]
+    with pytest.raises(ValueError, match="^inf frames of 12 channels"):
+        motions.Recording(walk(40), 1e-308, "positions").resampled(20.0)
 
 
 def bomb(shape: tuple[int, ...], *, claimed: int | None = None) -> bytes:

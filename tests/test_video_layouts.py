@@ -190,6 +190,8 @@ def test_unusable_files_are_listed_with_their_reasons_and_left_out(tmp_path: Pat
     (raw / "cut.webm").write_bytes(_written(raw / "cut.webm")[:-200])
     (raw / "bomb.gif").write_bytes(b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + b"\x00\x00\x00" + b"," + bytes(20))
     save_video(raw / "wide.gif", 6, size=80)
+    (raw / "gone.mp4").symlink_to(raw / "nowhere")
+    (raw / "gone.gif").symlink_to(raw / "nowhere")
     made = prepared(tmp_path, form=form)
     assert sorted(by_key(made.parts["train"])) == ["good"]
     reasons = dict(made.skipped)
@@ -201,6 +203,8 @@ def test_unusable_files_are_listed_with_their_reasons_and_left_out(tmp_path: Pat
         "uneven.mkv": "its frame rate varies by a factor of 3.0; bring it to one frame rate",
         "text.mp4": "cannot be opened: Invalid data found when processing input",
         "playlist.mp4": "cannot be opened: Invalid argument",
+        "gone.mp4": "cannot be opened: No such file or directory",
+        "gone.gif": "cannot be opened",
     }
     assert {name: reasons[name] for name in expected} == expected
     assert set(reasons) == {*expected, "damaged.mp4", "cut.webm", "bomb.gif"}
@@ -218,11 +222,14 @@ def test_frames_of_several_sizes_and_damaged_frames_are_left_out(tmp_path: Path)
         save_frames(tmp_path / "raw" / name, 4)
     save_picture(tmp_path / "raw/b/2.png", size=24)
     (tmp_path / "raw/c/3.png").write_bytes(b"no picture")
+    save_frames(tmp_path / "raw/d", 3)
+    (tmp_path / "raw/d/3.png").symlink_to(tmp_path / "nowhere")
     made = prepared(tmp_path, form=Form(frames=4), layout="frames")
     assert sorted(by_key(made.parts["train"])) == ["a"]
     reasons = dict(made.skipped)
     assert reasons["b"] == "its frames change from 32 x 32 pixels to 24 x 24"
     assert reasons["c"].startswith("3.png: cannot identify image file")
+    assert reasons["d"] == "3.png: cannot be read: No such file or directory"
 
 
 def test_equal_frames_that_an_animation_joins_are_counted(tmp_path: Path) -> None:

@@ -174,7 +174,9 @@ class FrameFiles(Footage):
             file = self.files[number]
             try:
                 yield pictures.decode(file.read_bytes(), max_pixels=self.max_pixels)
-            except (OSError, ValueError) as error:
+            except OSError as error:
+                raise ValueError(f"{file.name}: cannot be read: {error.strerror}") from None
+            except ValueError as error:
                 raise ValueError(f"{file.name}: {error}") from None
 
 

@@ -29,6 +29,8 @@ Up = Literal["auto", "y", "z"]
 Order = Literal["similar", "file"]
 
 _MAX_FILE_BYTES = 2**30
+_MAX_NUMBERS = 2**27
+"""Of a recording brought to another rate, a GiB: more comes of rates that are none, such as the seconds of a frame."""
 _RATES = ("fps", "mocap_framerate", "mocap_frame_rate", "framerate", "frame_rate")
 _VALUES = (*FLOATS, *INTEGERS)
 
@@ -111,10 +113,18 @@ class Recording:
         return replace(self, values=self.values[first : first + frames])
 
     def resampled(self, fps: float) -> "Recording":
-        """At another rate, by linear interpolation between frames; never beyond the last."""
+        """At another rate, by linear interpolation between frames; never beyond the last. Raises ValueError where that
+        would be too much.
+        """
         if self.fps is None or abs(self.fps - fps) < 1e-3 * fps:
             return replace(self, fps=fps)
-        count = math.floor((len(self) - 1) / self.fps * fps + 1e-6) + 1
+        intervals = (len(self) - 1) / self.fps * fps + 1e-6
+        if (intervals + 1) * self.values.shape[1] > _MAX_NUMBERS:
+            raise ValueError(
+                f"{intervals + 1:.0f} frames of {self.values.shape[1]} channels at --fps {fps:g}, above the limit of "
+                f"{_MAX_NUMBERS} numbers; cut the recording, or correct the {self.fps:g} frames a second that it tells"
+            )
+        count = math.floor(intervals) + 1
         place = np.minimum(np.arange(count) * (self.fps / fps), len(self) - 1)
         before = np.minimum(place.astype(np.int64), max(0, len(self) - 2))
         after = np.minimum(before + 1, len(self) - 1)

@@ -55,8 +55,27 @@ def item_of(root: Path, file: Path) -> Item:
     path = file.relative_to(root)
     parts = path.with_suffix("").as_posix().split("/")
     key = "/".join([*parts[:-1], parts[-1].replace(".", "_")])  # webdataset's keys end at the first dot
-    size = file.stat().st_size
-    return Item(key, path.as_posix(), file.read_bytes, size, unit=key, part=_PARTS.get(parts[0].lower()))
+    part = _PARTS.get(parts[0].lower())
+    return Item(key, path.as_posix(), _Content(file), size_of(file), unit=key, part=part)
+
+
+def size_of(file: Path) -> int:
+    """Bytes of a file; 0 of one that cannot be asked, such as a link to nowhere: reading it says why."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+@dataclass(frozen=True)
+class _Content:
+    file: Path
+
+    def __call__(self) -> bytes:
+        try:
+            return self.file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"cannot be read: {error.strerror}") from None
 
 
 def read_metadata(root: Path, given: Path | None) -> tuple[Path, list[dict[str, Any]]] | None:

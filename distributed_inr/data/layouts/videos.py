@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from distributed_inr.data.layouts.item import Item, Part, described, item_of, walk
+from distributed_inr.data.layouts.item import Item, Part, described, item_of, size_of, walk
 from distributed_inr.data.layouts.source import Source
 from distributed_inr.raw import clips, footage, pictures
 from distributed_inr.raw.clips import Form
@@ -58,7 +58,7 @@ def _frame_folders(root: Path) -> list[Item]:
         if files and path != root:
             name = path.relative_to(root).as_posix()
             key = name.replace(".", "_")  # webdataset's keys end at the first dot
-            size = sum(file.stat().st_size for file in files)
+            size = sum(size_of(file) for file in files)
             part = item_of(root, files[0]).part
             found.append(Item(key, name, _nothing_yet, size, unit=key, part=part))
     return sorted(found, key=lambda item: footage.natural(item.name))
