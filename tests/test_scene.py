@@ -1,6 +1,7 @@
 """The scene domain: reading, drawing rays, axes, rendering, depth, meshes."""
 
 import dataclasses
+import gc
 import io
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import run_processes
 from tiny_scenes import arms_field, look_from, make_record, picture, poses, write_srn, write_transforms
 from torch import Tensor
 
@@ -345,9 +347,8 @@ def test_depth_is_the_distance_to_the_surface_or_the_end_of_the_ray():
 
 
 def test_films_go_once_around(tmp_path: Path):
-    film = DOMAIN.film(arms_field(DOMAIN), 24)
+    film = DOMAIN.render(arms_field(DOMAIN), 24, cameras=DOMAIN.orbit(3))
     assert film.shape == (1, 3, 3, 24, 24)
-    assert torch.equal(film, DOMAIN.render(arms_field(DOMAIN), 24, cameras=DOMAIN.orbit(3)))
     for name in ("a.mp4", "a.gif", "a.png"):
         DOMAIN.save(film[0], tmp_path / name)
     with Image.open(tmp_path / "a.png") as sheet:
@@ -355,11 +356,62 @@ def test_films_go_once_around(tmp_path: Path):
     with Image.open(tmp_path / "a.gif") as animation:
         assert getattr(animation, "n_frames", 1) == 3
     assert (tmp_path / "a.mp4").read_bytes()[4:8] == b"ftyp"
+    for name in ("a.mp4", "a.gif"):
+        DOMAIN.write(arms_field(DOMAIN), 24, tmp_path / f"written-{name}")
+        assert (tmp_path / f"written-{name}").read_bytes() == (tmp_path / name).read_bytes()
     DOMAIN.write(arms_field(DOMAIN), 24, tmp_path / "b.gif", frames=5, fps=10.0)
     with Image.open(tmp_path / "b.gif") as animation:
         assert getattr(animation, "n_frames", 1) == 5 and animation.info["duration"] == 100
     with pytest.raises(ValueError, match=r"a.obj: views are written as .png, .mp4"):
         DOMAIN.save(film[0], tmp_path / "a.obj")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
+def test_files_of_many_views_are_made_view_by_view(tmp_path: Path, suffix: str):
+    views, side = 12, 48
+    domain = dataclasses.replace(DOMAIN, orbit_views=views, render_samples=2, size=4)
+    domain = dataclasses.replace(domain, cameras=tuple(map(tuple, domain.orbit(views).tolist())))
+    largest = 0
+
+    def values(parameters: tuple[Tensor, ...], coords: Tensor, view: Tensor | None) -> Tensor:
+        nonlocal largest
+        alive = (found for found in gc.get_objects() if type(found) is Tensor and found.dtype == torch.float32)
+        largest = max(largest, *(found.numel() for found in alive))
+        return coords.new_zeros(1, 1, 4).expand(1, coords.shape[1], 4)
+
+    domain.write(Field(values, (torch.zeros(1),), domain), side, tmp_path / f"film{suffix}")
+    assert largest <= 20 * side**2  # the cameras of one view's rays, twenty numbers each; views are three
+
+
+def peak_of_rendering(side: int) -> float:
+    """MB by which memory grows at most while one view is rendered."""
+
+    def values(parameters: tuple[Tensor, ...], coords: Tensor, view: Tensor | None) -> Tensor:
+        return coords.new_zeros(1, 1, 4).expand(1, coords.shape[1], 4)
+
+    def memory(name: str) -> float:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) / 1000
+
+    domain = dataclasses.replace(DOMAIN, render_samples=1)
+    field = Field(values, (torch.zeros(1),), domain)
+    domain.render(field, 8, cameras=domain.orbit(1))
+    before = memory("VmRSS")
+    domain.render(field, side, cameras=domain.orbit(1), chunk_points=1 << 14)
+    return memory("VmHWM") - before
+
+
+@pytest.mark.slow
+def test_a_large_view_is_held_once():
+    (peak,) = run_processes(peak_of_rendering, 1, 4000)
+    assert peak < 1.5 * 4000**2 * 12e-6
+
+
+@pytest.mark.parametrize("suffix", scene_mesh.SUFFIXES)
+def test_meshes_of_too_many_cells_are_refused_in_one_line(tmp_path: Path, suffix: str):
+    with pytest.raises(ValueError, match=rf"resolution=1025 must lie in 1..1024 for {suffix} files"):
+        DOMAIN.write(ball_field(DOMAIN), 1025, tmp_path / f"ball{suffix}")
+    assert DOMAIN.largest(suffix) == 1024 and DOMAIN.largest(".mp4") == DOMAIN.largest(".png") == 4096
 
 
 def mesh(field: Field, resolution: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

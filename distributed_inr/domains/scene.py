@@ -110,6 +110,9 @@ class Scene(Domain):
         if any(len(camera) != CAMERA_DIM for camera in self.cameras):
             raise ValueError(f"domain.cameras has cameras that are not {CAMERA_DIM} numbers; leave it empty")
 
+    def largest(self, suffix: str) -> int:
+        return scene_mesh.MAX_RESOLUTION if suffix in scene_mesh.SUFFIXES else self.max_resolution
+
     @property
     def grid(self) -> tuple[int, int, int]:
         return self.cells, self.cells, self.cells
@@ -272,10 +275,11 @@ class Scene(Domain):
     ) -> Views:
         """Views of any resolution from any cameras. `chunk_points` bounds the memory: points asked at once."""
         cameras = self._cameras_for(field, cameras)
-        found = torch.empty(len(field), cameras.shape[1] * resolution**2, 3, device=field.device)
+        found = torch.empty(len(field), 3, cameras.shape[1] * resolution**2, device=field.device)
         for part, density, colours, _, length in self._march(field, cameras, resolution, chunk_points):
-            found[:, part] = rays.composite(density, colours, length, self.ground_level)
-        return found.clamp(0, 1).unflatten(1, (-1, resolution, resolution)).movedim(-1, 2).contiguous()
+            seen = rays.composite(density, colours, length, self.ground_level)
+            found[:, :, part] = seen.clamp(0, 1).transpose(1, 2)
+        return found.unflatten(2, (-1, resolution, resolution)).transpose(1, 2).contiguous()
 
     def depth(
         self,
@@ -301,10 +305,6 @@ class Scene(Domain):
     def orbit(self, count: int) -> Float[Tensor, "count 20"]:
         """Cameras once around the object."""
         return rays.orbit(count, elevation=self.orbit_elevation, radius=_ORBIT_RADIUS, angle=_ORBIT_ANGLE)
-
-    def film(self, field: Field, resolution: int, frames: int | None = None) -> Views:
-        """Views once around each object; None takes `orbit_views` of them."""
-        return self.render(field, resolution, cameras=self.orbit(frames or self.orbit_views))
 
     def _march(
         self, field: Field, cameras: Float[Tensor, "batch views 20"], resolution: int, chunk_points: int
@@ -372,21 +372,25 @@ class Scene(Domain):
     def write(
         self, field: Field, resolution: int, path: Path, *, frames: int | None = None, fps: float | None = None
     ) -> Views:
-        """Once around the object as a video, or its surface as a coloured mesh (.glb, .ply, .obj); else as `save`.
+        """Once around the object as a film (.mp4, .webm, .gif, .webp), view by view; its surface as a coloured mesh
+        (.glb, .ply, .obj); or the rendering's views beside each other (.png).
 
         Args:
-            frames: of the video.
-            fps: frames a second of the video; None keeps the duration of `orbit_views` frames.
+            frames: of the film.
+            fps: frames a second of the film; None keeps the duration of `orbit_views` frames.
         """
         suffix = path.suffix.lower()
+        if resolution > (largest := self.largest(suffix)):
+            raise ValueError(f"resolution={resolution} must lie in 1..{largest} for {suffix} files; lower it")
         if suffix in scene_mesh.SUFFIXES:
             scene_mesh.save(field, resolution, path, density=self.density, inside_sphere=self.bounds == "sphere")
-        elif suffix in scene_views.FILM_SUFFIXES:
-            rate = fps or scene_views.FRAME_RATE * (frames or self.orbit_views) / self.orbit_views
-            film = self.film(field, resolution, frames)[0].cpu()
-            scene_views.write(film, path, ground=self.ground_level, rate=rate)
         else:
-            self.save(self.render(field, resolution)[0].cpu(), path)
+            is_film = suffix in scene_views.FILM_SUFFIXES
+            cameras = self.orbit(frames or self.orbit_views) if is_film else self._cameras_for(field, None)[0]
+            bar = tqdm(cameras.split(1), desc=path.name, unit="view", delay=3, disable=None, leave=False)
+            views = (self.render(field, resolution, cameras=camera)[0, 0].cpu() for camera in bar)
+            rate = fps or scene_views.FRAME_RATE * len(cameras) / self.orbit_views
+            scene_views.write(views, path, ground=self.ground_level, rate=rate)
         return self.render(field, min(resolution, 2 * self.size)).cpu()
 
     def save(self, rendered: Float[Tensor, "views 3 height width"], path: Path) -> None:

@@ -13,6 +13,8 @@ from distributed_inr.field import Field
 from distributed_inr.raw import meshes
 
 SUFFIXES = (".glb", ".ply", ".obj")
+MAX_RESOLUTION = 1024
+"""Cells a side of the largest grid that is marched: 4.3 GB, and as much again a few times while it is."""
 
 
 def surface(

@@ -1,13 +1,14 @@
 """Views of scenes as pictures: beside each other, or one after the other as a film."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
+from PIL import Image
 from torch import Tensor
 
-from distributed_inr.domains.image import to_pillow
 from distributed_inr.raw import clips
 
 FILM_SUFFIXES = (".mp4", ".webm", ".gif", ".webp")
@@ -15,9 +16,7 @@ SUFFIXES = (*FILM_SUFFIXES, ".png")
 FRAME_RATE = 12.0
 
 
-def beside(
-    views: Float[Tensor, "batch views 3 height width"], *, ground: float
-) -> Float[Tensor, "batch 3 rows columns"]:
+def beside(views: Num[Tensor, "batch views 3 height width"], *, ground: float) -> Num[Tensor, "batch 3 rows columns"]:
     """The views of each in rows of at most eight; what is left of the last row shows the ground."""
     batch, count, _, height, width = views.shape
     columns = math.ceil(count / math.ceil(count / 8))
@@ -28,12 +27,19 @@ def beside(
     return rows.reshape(batch, 3, -1, columns * width)
 
 
-def write(views: Float[Tensor, "views 3 height width"], path: Path, *, ground: float, rate: float = FRAME_RATE) -> None:
-    """Write views one after the other as a film (.mp4, .webm, .gif, .webp), or beside each other as .png."""
+def write(
+    views: Iterable[Float[Tensor, "3 height width"]], path: Path, *, ground: float, rate: float = FRAME_RATE
+) -> None:
+    """Write views one after the other as a film (.mp4, .webm, .gif, .webp), or beside each other as .png.
+
+    They are taken one by one. Of a MP4 or WebM few are held, of the others all, as bytes.
+    """
     suffix = path.suffix.lower()
+    shots = ((view.clamp(0, 1) * 255).round().to(torch.uint8) for view in views)
     if suffix == ".png":
-        to_pillow(beside(views[None], ground=ground)[0]).save(path)
+        sheet = beside(torch.stack(list(shots))[None], ground=255 * ground)[0]
+        Image.fromarray(sheet.movedim(0, -1).numpy()).save(path)
     elif suffix in FILM_SUFFIXES:
-        clips.write((views.clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).numpy(), path, rate=rate)
+        clips.write((shot.movedim(0, -1).numpy() for shot in shots), path, rate=rate)
     else:
         raise ValueError(f"{path.name}: views are written as .png, {', '.join(FILM_SUFFIXES)}; use one of these")
