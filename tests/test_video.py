@@ -47,6 +47,10 @@ def test_a_record_of_video_gives_its_frames_in_their_order() -> None:
         (record(noise(6, 9)), r"9 x 54 pixels, not domain.frames=6"),
         (record(moving(6, 16), "mp4"), r"k.clip.mp4: cannot be decoded: 16 x 16 pixels, above the limit of 64"),
         ({"clip.mp4": b"no video"}, r"k.clip.mp4: cannot be decoded: cannot be opened"),
+        (
+            {"clip.mp4": record(moving(6, 8), "mp4")["clip.mp4"].replace(b"avc1", b"xxxx")},
+            r"there is no decoder for its",
+        ),  # type: ignore[attr-defined]
     ],
 )
 def test_bad_records_are_refused_by_key(changed: dict[str, object], words: str) -> None:

@@ -187,6 +187,7 @@ def test_unusable_files_are_listed_with_their_reasons_and_left_out(tmp_path: Pat
     middle = content.index(b"mdat") + 800
     content[middle : middle + 40] = bytes(40)
     (raw / "damaged.mp4").write_bytes(bytes(content))
+    (raw / "codec.mp4").write_bytes((raw / "good.mp4").read_bytes().replace(b"avc1", b"xxxx"))
     (raw / "cut.webm").write_bytes(_written(raw / "cut.webm")[:-200])
     (raw / "bomb.gif").write_bytes(b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + b"\x00\x00\x00" + b"," + bytes(20))
     save_video(raw / "wide.gif", 6, size=80)
@@ -203,6 +204,7 @@ def test_unusable_files_are_listed_with_their_reasons_and_left_out(tmp_path: Pat
         "uneven.mkv": "its frame rate varies by a factor of 3.0; bring it to one frame rate",
         "text.mp4": "cannot be opened: Invalid data found when processing input",
         "playlist.mp4": "cannot be opened: Invalid argument",
+        "codec.mp4": "there is no decoder for its video; convert it to H.264",
         "gone.mp4": "cannot be opened: No such file or directory",
         "gone.gif": "cannot be opened",
     }

@@ -214,6 +214,9 @@ class _opened:
             self.container.close()
             raise ValueError("it has no video")
         stream = self.container.streams.video[0]
+        if stream.codec_context is None:
+            self.container.close()
+            raise ValueError("there is no decoder for its video; convert it to H.264")
         width, height = stream.codec_context.width, stream.codec_context.height
         if width * height > self.max_pixels:
             self.container.close()
