@@ -83,6 +83,17 @@ def test_rates_that_players_slow_down_are_refused_before_a_frame_is_made(
     clips.write(distinct(3), tmp_path / "a.mp4", rate=rate)
 
 
+@pytest.mark.parametrize(("count", "rate"), [(3, 0.001), (1, 0.001), (2000, 1.0)])
+def test_a_picture_that_lasts_longer_than_a_gif_can_say_is_one_clear_line(
+    tmp_path: Path, count: int, rate: float
+) -> None:
+    frames = distinct(count) if count < 5 else (np.zeros((16, 16, 3), np.uint8) for _ in range(count))
+    with pytest.raises(
+        ValueError, match=r"^a.gif: one picture is seen for more than 655 s, which no GIF can say; writ"
+    ):
+        clips.write(frames, tmp_path / "a.gif", rate=rate)
+
+
 def test_a_gif_is_written_without_holding_its_frames_in_full_colour(tmp_path: Path) -> None:
     def in_colour() -> int:
         return sum(type(one) is Image.Image and one.mode == "RGB" for one in gc.get_objects())

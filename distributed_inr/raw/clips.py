@@ -154,7 +154,12 @@ def _write_animation(frames: Iterable[Frame], path: Path, rate: float) -> None:
     pictures = timed()
     first = next(pictures)
     if suffix == ".gif":
-        first.save(path, save_all=True, append_images=pictures, loop=0, disposal=1)
+        try:
+            first.save(path, save_all=True, append_images=pictures, loop=0, disposal=1)
+        except OverflowError:
+            raise ValueError(
+                f"{path.name}: one picture is seen for more than 655 s, which no GIF can say; write .mp4"
+            ) from None
     else:
         others = list(pictures)
         durations = [picture.info["duration"] for picture in (first, *others)]
