@@ -8,7 +8,12 @@ import pytest
 import torch
 import trimesh
 from PIL import Image as Picture
+from tiny_sets import by_key
 
+from distributed_inr.config import from_json, override, to_json
+from distributed_inr.data.prepare import Plan, prepare_set
+from distributed_inr.data.reader import ShardDataset
+from distributed_inr.data.shard_writer import ShardWriter
 from distributed_inr.domains import Shape, Signal, collate
 from distributed_inr.domains.domain import pixel_centres
 from distributed_inr.evaluation.metrics import accuracy, iou
@@ -231,6 +236,48 @@ def test_ones_own_mesh_is_opened_as_it_is_prepared(tmp_path: Path):
         DOMAIN.open(tmp_path / "bad.obj")
     with pytest.raises(ValueError, match="none.obj cannot be read"):
         DOMAIN.open(tmp_path / "none.obj")
+
+
+def test_ones_own_mesh_is_treated_as_the_training_sets_were(tmp_path: Path):
+    ball = trimesh.creation.icosphere(subdivisions=4)
+    far = np.linalg.norm(ball.triangles_center - ball.triangles_center[0], axis=1)
+    (tmp_path / "raw").mkdir()
+    trimesh.Trimesh(ball.vertices, ball.faces[far > 0.15], process=False).export(tmp_path / "raw" / "open.obj")
+    form = meshes.Form(resolution=16, points=100, fill=0.75, close=3.0)
+    made = prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(domain="shape", form=form, split="none"))
+    domain = DOMAIN.settle(made.parts["train"].protocol)
+    stored = domain.read(by_key(made.parts["train"])["open"], seed=0).targets
+    own = domain.open(tmp_path / "raw" / "open.obj").targets[0]
+    assert torch.equal(own, stored) and own[8, 8, 8] == 1
+    assert (domain.fill, domain.close, domain.queries) == (0.75, 3.0, None)
+    assert from_json(Shape, to_json(domain)) == domain
+    sheet = override(domain, {"close": 0.0}).settle(made.parts["train"].protocol)
+    assert sheet.close == 0 and sheet.open(tmp_path / "raw" / "open.obj").targets[0, 8, 8, 8] == 0
+    assert DOMAIN.settle({}) == DOMAIN.settle({"layout": "voxels", "form": {"fill": 0.5}}) == DOMAIN
+
+
+def test_a_queried_set_tells_how_large_its_shapes_are_and_how_many_points_they_have(tmp_path: Path):
+    told = {"layout": "occupancy-networks", "form": {"fill": 0.5, "close": 3.0, "queries": 300}}
+    domain = Shape(size=22, num_points=50).settle(told)
+    trimesh.creation.box((2.0, 1.0, 0.5)).export(tmp_path / "box.stl")
+    x = domain.open(tmp_path / "box.stl").targets[0].nonzero()[:, 2]
+    assert x.max() - x.min() + 1 == 20  # a side of 1 in the cube of 1.1
+
+    generator = np.random.default_rng(0)
+    writer = ShardWriter(tmp_path / "set", domain="shape", protocol=told)
+    for number, (count, scale, top) in enumerate([(300, 1, 1), (299, 1, 1), (300, 1, 2), (300, 1e5, 1), (300, 1, 1)]):
+        points, inside = generator.uniform(-scale, scale, (count, 3)), top * (generator.random(count) > 0.5)
+        rows = np.concatenate([points, inside[:, None]], axis=1).astype(np.float32)
+        surface = write_npy(generator.uniform(-1, 1, (50, 3)).astype(np.float16))
+        writer.write({"__key__": f"{number}", "queries.npy": write_npy(rows), "surface.npy": surface})
+    dataset = ShardDataset(writer.close(), read=domain.read, seed=0, max_bad_fraction=1.0)
+    found = [dataset.signal(number) for number in range(5)]
+    assert [good for _, good in found] == [True, False, False, False, True]
+    signal = collate([signal for signal, _ in found])
+    for mine, blank in zip((signal.inputs, signal.targets), domain.blank(5), strict=True):
+        assert mine.shape == blank.shape and mine.dtype == blank.dtype
+    with pytest.raises(ValueError, match="^a: no queries.npy; prepare the set as shapes"):
+        domain.read(record(arms()), seed=0)
 
 
 def test_what_is_no_mesh_or_too_large_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pydantic
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distributed_inr import randomness
-from distributed_inr.config import config
+from distributed_inr.config import config, override
 from distributed_inr.domains.domain import Domain, Queries, Record, Signal, caption, evaluate_grid, pixel_centres
 from distributed_inr.domains.image import to_pillow
 from distributed_inr.field import Field
@@ -54,6 +55,12 @@ class Shape(Domain):
     from all cells. Above 0, the likelihood weighs surfaces more than the published one."""
     up: Literal["y", "z"] = "y"
     """Axis that points up in pictures."""
+    fill: Annotated[float | None, pydantic.Field(gt=0, le=1)] = None
+    """Of one's own meshes, half the longest side, where the cube's is 1; none: as the training set's, else 7/8."""
+    close: Annotated[float | None, pydantic.Field(ge=0, allow_inf_nan=False)] = None
+    """Radius, in cells, of the openings of one's own meshes that are closed; none: as the training set's, else 1."""
+    queries: Annotated[int | None, pydantic.Field(gt=0)] = None
+    """Queried points of each shape in the shards, where they hold such; none: as the training set says, else any."""
 
     coord_dim: ClassVar[int] = 3
     value_dim: ClassVar[int] = 1
@@ -75,7 +82,7 @@ class Shape(Domain):
     def read(self, record: Record, seed: int) -> Signal:
         key = record["__key__"]
         try:
-            surface, targets = read_rows(record["surface.npy"], 3), _targets(record, self.size)
+            surface, targets = read_rows(record["surface.npy"], 3), _targets(record, self.size, self.queries)
         except KeyError as error:
             raise ValueError(f"{key}: no {error.args[0]}; prepare the set as shapes") from None
         except ValueError as error:
@@ -96,11 +103,12 @@ class Shape(Domain):
         )
 
     def open(self, path: Path) -> Signal:
-        """A mesh file, closed or not: centred, its longest side 7/8 of the cube's, as `prepare_data.py shape` does."""
-        form = meshes.Form(resolution=self.size)
+        """A mesh file, closed or not, treated as `prepare_data.py shape` treated those of the training set."""
+        fill = meshes.Form.fill if self.fill is None else self.fill
+        close = meshes.Form.close if self.close is None else self.close
         try:
-            mesh = meshes.normalised(meshes.read_mesh(path), fill=form.fill)
-            occupied = meshes.solid(mesh, self.size, close=form.close)
+            mesh = meshes.normalised(meshes.read_mesh(path), fill=fill)
+            occupied = meshes.solid(mesh, self.size, close=close)
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}; give the path of a file") from None
         except ValueError as error:
@@ -113,7 +121,22 @@ class Shape(Domain):
         return Signal([path.name], batch.seed, batch.position, batch.inputs, batch.targets, [""])
 
     def blank(self, count: int) -> tuple[Tensor, Tensor]:
-        return torch.zeros(count, self.num_points, 3), torch.zeros(count, *self.grid, dtype=torch.uint8)
+        """Targets are a grid where no number of queried points is known."""
+        if self.queries is None:
+            targets = torch.zeros(count, *self.grid, dtype=torch.uint8)
+        else:
+            targets = torch.zeros(count, self.queries, 4, dtype=torch.float16)
+        return torch.zeros(count, self.num_points, 3), targets
+
+    def settle(self, protocol: Mapping[str, Any]) -> Domain:
+        """Treat one's own meshes as the set's were, and expect its number of queried points."""
+        layout, form = protocol.get("layout"), protocol.get("form") or {}
+        told: dict[str, Any] = {}
+        if layout == "mesh-files":
+            told = {"fill": form.get("fill"), "close": form.get("close")}
+        elif layout == "occupancy-networks":
+            told = {"fill": 1 / meshes.QUERIED_CUBE, "queries": form.get("queries")}
+        return override(self, {name: value for name, value in told.items() if getattr(self, name) is None})
 
     @property
     def num_copies(self) -> int:
@@ -269,12 +292,16 @@ def _tensor(signal: Signal) -> Tensor:
     return signal.targets
 
 
-def _targets(record: Record, size: int) -> Tensor:
+def _targets(record: Record, size: int, count: int | None) -> Tensor:
     """A grid, uint8 [z, y, x], or queried points, float16 [points, 4]: place and occupancy."""
-    if "occupancy.npy" in record:
+    if count is None and "occupancy.npy" in record:
         return torch.from_numpy(meshes.unpack(record["occupancy.npy"], size).astype(np.uint8))
-    queries = read_rows(record["queries.npy"], 4)
-    return torch.from_numpy(queries.astype(np.float16))
+    rows = torch.from_numpy(read_rows(record["queries.npy"], 4)).half()
+    if count is not None and len(rows) != count:
+        raise ValueError(f"{len(rows)} queried points, expected domain.queries={count}; all of a set must have as many")
+    if not rows.isfinite().all() or rows[:, 3].min() < 0 or rows[:, 3].max() > 1:
+        raise ValueError("queried points beyond float16, or occupancies outside [0, 1]")
+    return rows
 
 
 def shaded(

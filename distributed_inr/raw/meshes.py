@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MESH_SUFFIXES = (".obj", ".ply", ".glb", ".gltf", ".off", ".stl")
 MAX_MESH_BYTES = 512 * 2**20
 """Largest mesh file that is read."""
+QUERIED_CUBE = 1.1
+"""Side of the cube that Occupancy Networks draw points from: around shapes whose longest side is 1, and a tenth."""
 
 _FINE_CELLS = 128
 """Cells a side, at least, of the grid in which inside and outside are told apart."""

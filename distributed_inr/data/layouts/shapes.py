@@ -12,16 +12,14 @@ from distributed_inr.data.layouts.item import Item, Part, described, item_of, wa
 from distributed_inr.data.layouts.source import Source
 from distributed_inr.raw import meshes
 from distributed_inr.raw.arrays import BITS, FLOATS, INTEGERS, TEXT, Archive, read_npy, write_npy
-from distributed_inr.raw.meshes import MESH_SUFFIXES, Form
+from distributed_inr.raw.meshes import MESH_SUFFIXES, QUERIED_CUBE, Form
 
 _GRID_SUFFIXES = (".npy", ".npz")
 _LISTS: dict[str, Part] = {"train.lst": "train", "val.lst": "val", "test.lst": "val"}
 _CELLS = (*BITS, *INTEGERS, *FLOATS)
 _HELD_FILES = 2
-_CUBE = 1.1
-"""Side of the cube that Occupancy Networks draw points from: a unit cube and a tenth."""
 _ROUNDING = 2e-3
-"""How far beyond it their points lie, of half its side: they are stored with three digits."""
+"""How far queried points may lie beyond their cube, of half its side: they are stored with three digits."""
 
 
 @dataclass(frozen=True)
@@ -253,9 +251,9 @@ class _QueriedFiles:
             raise ValueError("no points of the surface")
         if not ((occupied >= 0) & (occupied <= 1)).all():
             raise ValueError("occupancies outside [0, 1]")
-        points, surface = (2 / _CUBE * values.astype(np.float64) for values in (points, surface))
+        points, surface = (2 / QUERIED_CUBE * values.astype(np.float64) for values in (points, surface))
         if not all((np.abs(values) <= 1 + _ROUNDING).all() for values in (points, surface)):
-            raise ValueError(f"points outside the cube of side {_CUBE} that they are expected in")
+            raise ValueError(f"points outside the cube of side {QUERIED_CUBE} that they are expected in")
         return _Queried(points, occupied.astype(np.float64), surface)
 
 
