@@ -137,7 +137,7 @@ def test_folders_of_frames_are_videos_in_the_natural_order_of_their_names(tmp_pa
     }
 
 
-@pytest.mark.parametrize("names", [("sky_train", "sky_test"), ("train", "test")])
+@pytest.mark.parametrize("names", [("sky_train", "sky_test"), ("train", "test"), ("sky_train", "sky_validation")])
 def test_skytimelapse_keeps_its_parts_and_the_segments_of_a_video_together(tmp_path: Path, names) -> None:
     form = Form(frames=4)
     for video, segments, part in (("NyZ", 3, names[0]), ("f6X", 2, names[0]), ("9-b", 2, names[1])):

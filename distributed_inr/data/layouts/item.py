@@ -5,11 +5,12 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 Part = Literal["train", "val"]
 
-_PARTS: dict[str, Part] = {"train": "train", "val": "val", "validation": "val", "test": "val"}
+PARTS: dict[str, Part] = {"train": "train", "val": "val", "validation": "val", "test": "val"}
+"""What names of folders say of the items below them."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,16 @@ class Item:
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Unusable:
+    """`Item.load` of what is known to be of no use before it is read."""
+
+    reason: str
+
+    def __call__(self) -> NoReturn:
+        raise ValueError(self.reason)
+
+
 def walk(root: Path, suffixes: tuple[str, ...]) -> list[Item]:
     """The files of a tree with one of these suffixes, by name."""
     files = (Path(place, name) for place, _, names in os.walk(root) for name in names)
@@ -55,7 +66,7 @@ def item_of(root: Path, file: Path) -> Item:
     path = file.relative_to(root)
     parts = path.with_suffix("").as_posix().split("/")
     key = "/".join([*parts[:-1], parts[-1].replace(".", "_")])  # webdataset's keys end at the first dot
-    part = _PARTS.get(parts[0].lower())
+    part = PARTS.get(parts[0].lower())
     return Item(key, path.as_posix(), _Content(file), size_of(file), unit=key, part=part)
 
 

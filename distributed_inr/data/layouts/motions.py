@@ -5,11 +5,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from distributed_inr.data.layouts.item import Item, described, walk
+from distributed_inr.data.layouts.item import Item, Unusable, described, walk
 from distributed_inr.data.layouts.source import Source
 from distributed_inr.raw import motions
 from distributed_inr.raw.arrays import write_npy
@@ -55,7 +55,7 @@ def _clips(files: list[Item], root: Path, form: Form) -> list[Item]:
                 first, facing = (item, recording), motions.facing_of(recording)
             _check_alike(recording, *first)
         except ValueError as error:
-            found.append(replace(item, load=_Refusal(str(error))))
+            found.append(replace(item, load=Unusable(str(error))))
             continue
         for start in range(0, len(recording) - form.frames + 1, form.stride):
             key, name = f"{item.key}/{start:06d}", f"{item.name}#{start}"
@@ -107,14 +107,6 @@ class _Window:
     def __call__(self) -> Recording:
         clip = self.recordings.read(self.path).window(self.start, self.recordings.form.frames)
         return replace(clip, facing=self.facing)
-
-
-@dataclass(frozen=True)
-class _Refusal:
-    reason: str
-
-    def __call__(self) -> NoReturn:
-        raise ValueError(self.reason)
 
 
 def _finished(recording: Recording, form: Form) -> np.ndarray:

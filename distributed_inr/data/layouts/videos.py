@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from distributed_inr.data.layouts.item import Item, Part, described, item_of, size_of, walk
+from distributed_inr.data.layouts.item import PARTS, Item, Part, Unusable, described, item_of, size_of, walk
 from distributed_inr.data.layouts.source import Source
 from distributed_inr.raw import clips, footage, pictures
 from distributed_inr.raw.clips import Form
 from distributed_inr.raw.footage import FILE_SUFFIXES, Footage
-
-_SKY_PARTS: dict[str, Part] = {"train": "train", "val": "val", "test": "val"}
 
 
 def folder(root: Path, metadata: Path | None, form: Form) -> list[Item]:
@@ -35,7 +33,7 @@ def skytimelapse(root: Path, metadata: Path | None, form: Form) -> list[Item]:
     found, parts = [], dict[str, Part]()
     for item in _frame_folders(root):
         place = item.name.split("/")
-        part = _SKY_PARTS.get(place[0].removeprefix("sky_"))
+        part = PARTS.get(place[0].removeprefix("sky_"))
         if part is None or len(place) < 2:
             raise ValueError(
                 f"{root}: {item.name} is not below sky_train/ or sky_test/; give the folder that holds those two"
@@ -71,7 +69,7 @@ def _windows(videos: list[Item], root: Path, form: Form) -> list[Item]:
         try:
             source = footage.scan(root / video.name, max_pixels=form.max_pixels, max_frames=form.max_frames)
         except ValueError as error:
-            found.append(replace(video, load=_Unusable(str(error))))
+            found.append(replace(video, load=Unusable(str(error))))
             continue
         about = dict(video.about) | ({} if source.rate is None else {"fps": round(source.rate, 3)})
         starts = range(0, max(1, len(source) - form.span + 1), form.stride or form.span)
@@ -91,14 +89,6 @@ class _Window:
 
     def __call__(self) -> np.ndarray:
         return clips.cut(self.source, self.start, self.form)
-
-
-@dataclass(frozen=True)
-class _Unusable:
-    reason: str
-
-    def __call__(self) -> Any:
-        raise ValueError(self.reason)
 
 
 def _nothing_yet() -> Any:
