@@ -1,6 +1,6 @@
 """Scenes: functions of space and direction to density and colour, measured by the rays of posed views."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from distributed_inr import randomness
 from distributed_inr.config import config, override
-from distributed_inr.domains import rays, scene_mesh, scene_views
+from distributed_inr.domains import rays, scene_mesh, scene_rays, scene_views
 from distributed_inr.domains.domain import Domain, Queries, Record, Signal, caption, collate
 from distributed_inr.domains.image import downscale
 from distributed_inr.field import Field
@@ -147,14 +147,10 @@ class Scene(Domain):
         """One record with as many of its views; None takes all."""
         key = record["__key__"]
         try:
-            views, cameras, points = map(torch.from_numpy, posed_views.decode(record, self.view_size))
+            found = posed_views.decode(record, size=self.view_size, num_views=num_views, every=self.hold_out_every)
         except ValueError as error:
             raise ValueError(f"{key}.{error}") from None
-        try:
-            chosen = posed_views.chosen(len(views), num_views or len(views), self.hold_out_every)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
-        own = torch.tensor([seed])
+        (views, cameras, points), own = map(torch.from_numpy, found), torch.tensor([seed])
         order = randomness.uniform(own, "points", (len(points),))[0].argsort()
         drawn = points[order.repeat(-(-self.num_points // len(order)))[: self.num_points]]
         noise = randomness.normal(own, "point noise", (self.num_points, 3))[0] * self.point_noise
@@ -163,7 +159,7 @@ class Scene(Domain):
             seed=own[0],
             position=torch.tensor(0),
             inputs=torch.cat([drawn[:, :3] + noise, drawn[:, 3:]], dim=1),
-            targets={"views": views[chosen].movedim(-1, 1).contiguous(), "cameras": cameras[chosen]},
+            targets={"views": views.movedim(-1, 1).contiguous(), "cameras": cameras},
             text=caption(record),
         )
 
@@ -218,19 +214,8 @@ class Scene(Domain):
     def _draw(self, signal: Signal, seeds: Int64[Tensor, " batch"], count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Origins, directions and colours of `count` rays of the training views of each signal."""
         views, cameras = self._views(signal, held_out=False)
-        side, pixels = views.shape[-1], views.movedim(2, -1).flatten(1, 3)  # [batch, views * side^2, 3]
-        total, num_of_object = pixels.shape[1], round(self.object_share * count)
-        place = randomness.integers(seeds, "rays", (count,), total)
-        if num_of_object:
-            ranks = (pixels != round(255 * self.ground_level)).any(-1).cumsum(1)
-            # In whole numbers: there are more pixels than float32's 24 bits tell apart evenly.
-            wanted = randomness.integers(seeds, "object rays", (num_of_object,), 2**31) * ranks[:, -1:] >> 31
-            found = torch.searchsorted(ranks, wanted + 1)
-            some = ranks[:, -1:] > 0  # of views that are all ground, any pixels are as good
-            place = torch.cat([torch.where(some, found, place[:, :num_of_object]), place[:, num_of_object:]], dim=1)
-
-        colours = pixels.gather(1, place[..., None].expand(-1, -1, 3)).float() / 255
-        return *rays.pixel_rays(cameras, place, side), colours
+        share, ground = self.object_share, self.ground_level
+        return scene_rays.draw(views, cameras, seeds, count, object_share=share, ground=ground)
 
     def _views(self, signal: Signal, *, held_out: bool) -> tuple[Tensor, Tensor]:
         """The held-out or the training views [batch, views, 3, side, side], and their cameras."""
@@ -243,20 +228,28 @@ class Scene(Domain):
     def observe(self, field: Field, queries: Queries) -> Float[Tensor, "batch rays 3"]:
         """The colours of rays (volume rendering)."""
         assert queries.view is not None
-        near, far = rays.interval(queries.coords, queries.view, self.bounds)
-        depths = rays.middles(near, far, self.samples_per_ray) if queries.depths is None else queries.depths
-        density, colours = self._ask(field, queries.coords, queries.view, depths)
-        return rays.composite(density, colours, (far - near) / depths.shape[-1], self.ground_level)
+        depths = self.samples_per_ray if queries.depths is None else queries.depths
+        density, colours, _, length = self._ask(field, queries.coords, queries.view, depths)
+        return rays.composite(density, colours, length, self.ground_level)
 
     def _ask(
-        self, field: Field, origins: Tensor, directions: Tensor, depths: Float[Tensor, "batch rays steps"]
-    ) -> tuple[Float[Tensor, "batch rays steps"], Float[Tensor, "batch rays steps 3"]]:
-        """Density and colour at depths along rays."""
+        self,
+        field: Field,
+        origins: Float[Tensor, "batch rays 3"],
+        directions: Float[Tensor, "batch rays 3"],
+        depths: Float[Tensor, "batch rays steps"] | int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Densities and colours at depths along rays, or in the middles of so many equal steps; the depth at which rays
+        enter the bounds, and the length of their steps.
+        """
+        near, far = rays.interval(origins, directions, self.bounds)
+        depths = rays.middles(near, far, depths) if isinstance(depths, int) else depths
         places = origins[:, :, None] + directions[:, :, None] * depths[..., None]
         view = directions[:, :, None].expand_as(places).flatten(1, 2)
         # Rays that miss the bounds are asked outside of them; their steps have no length.
         values = field(places.clamp(-1, 1).flatten(1, 2), view).unflatten(1, depths.shape[1:])
-        return self.density(values[..., 0]), values[..., 1:].sigmoid()
+        density, colours = self.density(values[..., 0]), values[..., 1:].sigmoid()
+        return density, colours, near, (far - near) / depths.shape[-1]
 
     def density(self, value: Tensor) -> Tensor:
         """Density for each unit of length, of the field's first value."""
@@ -276,7 +269,8 @@ class Scene(Domain):
         """Views of any resolution from any cameras. `chunk_points` bounds the memory: points asked at once."""
         cameras = self._cameras_for(field, cameras)
         found = torch.empty(len(field), 3, cameras.shape[1] * resolution**2, device=field.device)
-        for part, density, colours, _, length in self._march(field, cameras, resolution, chunk_points):
+        for part, origins, directions in scene_rays.pieces(cameras, resolution, chunk_points // self.render_samples):
+            density, colours, _, length = self._ask(field, origins, directions, self.render_samples)
             seen = rays.composite(density, colours, length, self.ground_level)
             found[:, :, part] = seen.clamp(0, 1).transpose(1, 2)
         return found.unflatten(2, (-1, resolution, resolution)).transpose(1, 2).contiguous()
@@ -292,7 +286,8 @@ class Scene(Domain):
         """How far each pixel's ray goes on average, in units of the unit sphere; where it meets nothing, to its end."""
         cameras = self._cameras_for(field, cameras)
         found = torch.empty(len(field), cameras.shape[1] * resolution**2, device=field.device)
-        for part, density, _, near, length in self._march(field, cameras, resolution, chunk_points):
+        for part, origins, directions in scene_rays.pieces(cameras, resolution, chunk_points // self.render_samples):
+            density, _, near, length = self._ask(field, origins, directions, self.render_samples)
             found[:, part] = rays.expected_depth(density, near, length)
         return found.unflatten(1, (-1, resolution, resolution))
 
@@ -306,22 +301,6 @@ class Scene(Domain):
         """Cameras once around the object."""
         return rays.orbit(count, elevation=self.orbit_elevation, radius=_ORBIT_RADIUS, angle=_ORBIT_ANGLE)
 
-    def _march(
-        self, field: Field, cameras: Float[Tensor, "batch views 20"], resolution: int, chunk_points: int
-    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-        """Of each piece of the views' rays: its place, densities, colours, near, and a step's length."""
-        total = cameras.shape[1] * resolution**2
-        step = max(1, chunk_points // (len(field) * self.render_samples))
-        with tqdm(total=total, desc="views", unit="ray", unit_scale=True, delay=3, disable=None, leave=False) as bar:
-            for start in range(0, total, step):
-                place = torch.arange(start, min(start + step, total), device=field.device)
-                origins, directions = rays.pixel_rays(cameras, place.expand(len(field), -1), resolution)
-                near, far = rays.interval(origins, directions, self.bounds)
-                depths = rays.middles(near, far, self.render_samples)
-                density, colours = self._ask(field, origins, directions, depths)
-                yield slice(start, start + len(place)), density, colours, near, (far - near) / self.render_samples
-                bar.update(len(place))
-
     def truth(self, signal: Signal) -> Views:
         """The held-out views."""
         return self._at_base(self._views(signal, held_out=True)[0])
@@ -334,9 +313,7 @@ class Scene(Domain):
 
     def enlarge(self, rendered: Tensor, resolution: int) -> Tensor:
         """Bicubic, each view."""
-        size = (resolution, resolution)
-        larger = F.interpolate(rendered.flatten(0, 1), size=size, mode="bicubic", align_corners=False).clamp(0, 1)
-        return larger.unflatten(0, rendered.shape[:2])
+        return scene_views.resized(rendered, resolution)
 
     def naive(self, signal: Signal, *, numbers: int) -> dict[str, Tensor]:
         """The scene's own training views in place of the held-out ones: the one whose camera is nearest, and the mean.
@@ -363,11 +340,7 @@ class Scene(Domain):
         return {"seen": self.pictures(chosen)[0], f"not seen, {self.size} px": self.pictures(self.truth(signal))[0]}
 
     def thumbnails(self, rendered: Tensor) -> Tensor:
-        side = min(_THUMBNAIL, rendered.shape[-1])
-        views = rendered.flatten(0, 1)
-        if side < rendered.shape[-1]:
-            views = F.interpolate(views, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
-        return views.unflatten(0, rendered.shape[:2]).flatten(1)
+        return scene_views.resized(rendered, min(_THUMBNAIL, rendered.shape[-1])).flatten(1)
 
     def write(
         self, field: Field, resolution: int, path: Path, *, frames: int | None = None, fps: float | None = None

@@ -1,10 +1,11 @@
-"""Views of scenes as pictures: beside each other, or one after the other as a film."""
+"""Views of scenes as pictures: larger or smaller, beside each other, or one after the other as a film."""
 
 import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Num
 from PIL import Image
 from torch import Tensor
@@ -25,6 +26,15 @@ def beside(views: Num[Tensor, "batch views 3 height width"], *, ground: float) -
         views = torch.cat([views, views.new_full((batch, missing, 3, height, width), ground)], dim=1)
     rows = views.unflatten(1, (-1, columns)).permute(0, 3, 1, 4, 2, 5)
     return rows.reshape(batch, 3, -1, columns * width)
+
+
+def resized(views: Float[Tensor, "batch views 3 side side"], side: int) -> Float[Tensor, "batch views 3 side2 side2"]:
+    """Bicubic, each view; antialiased where that makes it smaller."""
+    if side == views.shape[-1]:
+        return views
+    is_smaller, flat = side < views.shape[-1], views.flatten(0, 1)
+    found = F.interpolate(flat, size=(side, side), mode="bicubic", align_corners=False, antialias=is_smaller)
+    return found.clamp(0, 1).unflatten(0, views.shape[:2])
 
 
 def write(

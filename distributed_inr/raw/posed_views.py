@@ -91,19 +91,23 @@ def encode(posed: PosedViews, form: Form) -> dict[str, bytes]:
 
 
 def decode(
-    record: Mapping[str, Any], size: int
+    record: Mapping[str, Any], *, size: int, num_views: int | None, every: int
 ) -> tuple[UInt8[np.ndarray, "views size size 3"], Float32[np.ndarray, "views 20"], Float32[np.ndarray, "points 6"]]:
-    """Views, cameras and points of a record. Raises ValueError that begins with the member that cannot be used."""
+    """The `chosen` views of a record, None for all, their cameras, and all points.
+
+    Raises ValueError that begins with the member that cannot be used.
+    """
     cameras, points = _rows(record, "cameras.npy", CAMERA_DIM), _rows(record, "points.npy", 6)
     try:
         check_cameras(cameras)
+        own = chosen(len(cameras), num_views or len(cameras), every)
     except ValueError as error:
         raise ValueError(f"cameras.npy: {error}") from None
     try:
         views = decode_views(record["views.webp"], count=len(cameras), size=size)
     except (OSError, SyntaxError, ValueError, KeyError, Image.DecompressionBombError) as error:
         raise ValueError(f"views.webp: cannot be decoded: {error}") from None
-    return views, cameras, points
+    return views[own], cameras[own], points
 
 
 def cameras_of(posed: PosedViews, form: Form) -> Float32[np.ndarray, "views 20"]:
