@@ -256,6 +256,15 @@ def test_ones_own_mesh_is_treated_as_the_training_sets_were(tmp_path: Path):
     assert DOMAIN.settle({}) == DOMAIN.settle({"layout": "voxels", "form": {"fill": 0.5}}) == DOMAIN
 
 
+def test_a_set_of_grids_of_another_size_is_refused():
+    for layout in ("mesh-files", "voxels"):
+        told = {"layout": layout, "form": {"resolution": 64}}
+        with pytest.raises(ValueError, match="domain.size=16, but .* have 64 cells a side; try --domain.size 64"):
+            DOMAIN.settle(told)
+        assert Shape(size=64).settle(told) == Shape(size=64)
+    DOMAIN.settle({"layout": "occupancy-networks", "form": {"resolution": 64}})  # its points lie on no grid
+
+
 def test_a_queried_set_tells_how_large_its_shapes_are_and_how_many_points_they_have(tmp_path: Path):
     told = {"layout": "occupancy-networks", "form": {"fill": 0.5, "close": 3.0, "queries": 300}}
     domain = Shape(size=22, num_points=50).settle(told)

@@ -129,8 +129,17 @@ class Shape(Domain):
         return torch.zeros(count, self.num_points, 3), targets
 
     def settle(self, protocol: Mapping[str, Any]) -> Domain:
-        """Treat one's own meshes as the set's were, and expect its number of queried points."""
+        """Treat one's own meshes as the set's were, and expect its number of queried points.
+
+        Refuses a set whose grids have another size.
+        """
         layout, form = protocol.get("layout"), protocol.get("form") or {}
+        cells = form.get("resolution", self.size)
+        if layout in ("mesh-files", "voxels") and cells != self.size:
+            raise ValueError(
+                f"domain.size={self.size}, but the grids of data.train have {cells} cells a side; "
+                f"try --domain.size {cells}"
+            )
         told: dict[str, Any] = {}
         if layout == "mesh-files":
             told = {"fill": form.get("fill"), "close": form.get("close")}
