@@ -156,6 +156,25 @@ def test_clips_begin_at_the_origin_and_face_one_way_unless_kept(tmp_path: Path) 
     np.testing.assert_allclose(clips(made)["b/000000"], expected.reshape(10, -1), atol=1e-5)
 
 
+def test_clips_are_turned_also_where_the_first_file_begins_badly(tmp_path: Path) -> None:
+    values = walk(30)
+    turned = values.reshape(30, 4, 3) @ np.array([[0.0, 1, 0], [-1, 0, 0], [0, 0, 1]])
+    bad, worse = values.copy(), np.full_like(values, np.nan)
+    bad[0, 4] = np.inf
+    save(tmp_path / "raw/a.npz", positions=worse, fps=30)
+    save(tmp_path / "raw/b.npz", positions=bad, fps=30)
+    save(tmp_path / "raw/c.npz", positions=turned.reshape(30, -1), fps=30)
+    made = prepared(tmp_path, split="none", form=Form(frames=10, stride=5))
+    told, reasons = made.parts["train"].protocol["motion"], dict(made.skipped)
+    expected = values[1].reshape(4, 3)[:, :2] - values[1, :2]
+    np.testing.assert_allclose(np.reshape(told["facing"], (4, 2)), expected, atol=1e-5)
+    np.testing.assert_allclose(clips(made)["c/000005"], clips(made)["b/000005"], atol=1e-5)
+    assert reasons == {
+        "a.npz": "none of its frames is finite",
+        "b.npz#0": "1 of 10 frames have values that are not finite, first 0",
+    }
+
+
 def test_going_on_after_an_interruption_ends_with_the_same_bytes(tmp_path: Path) -> None:
     save(tmp_path / "raw/a.npz", positions=walk(60), fps=30)
     first = prepared(tmp_path, split="none").parts["train"].fingerprint

@@ -176,10 +176,15 @@ def read(content: bytes, suffix: str, form: Form) -> Recording:
 
 
 def facing_of(recording: Recording) -> tuple[float, ...] | None:
-    """What clips are turned to so that they face as the recording's first pose does; None where that means nothing."""
-    if recording.content != "positions" or not np.isfinite(recording.values[0]).all():
+    """What clips are turned to so that they face as the recording's first finite pose does; None where that means
+    nothing. Raises ValueError where no pose is finite.
+    """
+    if recording.content != "positions":
         return None
-    ground = recording.values[0].astype(np.float64).reshape(-1, 3)[:, :2]
+    finite = np.flatnonzero(np.isfinite(recording.values).all(axis=1))
+    if len(finite) == 0:
+        raise ValueError("none of its frames is finite")
+    ground = recording.values[finite[0]].astype(np.float64).reshape(-1, 3)[:, :2]
     return tuple(float(f"{place:.6g}") for place in (ground - ground[:1]).reshape(-1))
 
 
