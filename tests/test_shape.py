@@ -1,6 +1,7 @@
 """Shapes: what is read, measured, rendered and written."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -183,17 +184,27 @@ def test_a_ball_is_meshed_at_its_place_with_its_volume(tmp_path: Path):
 
 def test_every_kind_of_file_is_written(tmp_path: Path):
     rendered = arms().float()
-    for name in ("a.png", "a.gif", "a.npz", "a.ply", "a.obj"):
-        DOMAIN.save(rendered, tmp_path / name)
-        assert (tmp_path / name).stat().st_size > 100
-    with Picture.open(tmp_path / "a.png") as turntable:
+    for case, suffix in itertools.product((str.lower, str.upper), DOMAIN.suffixes):
+        path = tmp_path / case.__name__ / suffix[1:] / f"a{case(suffix)}"
+        path.parent.mkdir(parents=True)
+        DOMAIN.save(rendered, path)
+        assert list(path.parent.iterdir()) == [path] and path.stat().st_size > 100
+        if suffix in meshes.MESH_SUFFIXES:
+            mesh = meshes.read_mesh(path)
+            mesh.merge_vertices()
+            assert mesh.is_watertight and mesh.volume == pytest.approx(arms().sum().item() * (2 / SIZE) ** 3, rel=0.1)
+    with Picture.open(tmp_path / "lower/gif/a.gif") as turns:
+        assert getattr(turns, "n_frames", 1) == 8
+    with Picture.open(tmp_path / "lower/png/a.png") as turntable:
         assert turntable.width == 8 * turntable.height
-    with np.load(tmp_path / "a.npz") as stored:
+    with np.load(tmp_path / "lower/npz/a.npz") as stored:
         assert np.array_equal(stored["occupancy"], rendered.numpy()) and stored["points"].shape == (10_000, 3)
     with pytest.raises(ValueError, match="there is no surface"):
         DOMAIN.save(torch.zeros(8, 8, 8), tmp_path / "empty.glb")
-    with pytest.raises(ValueError, match="choose one of these suffixes"):
-        DOMAIN.save(rendered, tmp_path / "a.docx")
+    for name in ("a.docx", "a.gltf", "a"):
+        with pytest.raises(ValueError, match=f"^{name}: shapes are written as .glb, .*; choose one of these suffixes$"):
+            DOMAIN.save(rendered, tmp_path / name)
+        assert not (tmp_path / name).exists()
 
 
 def test_a_picture_shows_the_arms_where_they_are():

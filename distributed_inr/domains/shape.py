@@ -281,6 +281,10 @@ class Shape(Domain):
         its surface (.npz). Raises ValueError where there is no surface.
         """
         suffix = path.suffix.lower()
+        if suffix not in self.suffixes:
+            raise ValueError(
+                f"{path.name}: shapes are written as {', '.join(self.suffixes)}; choose one of these suffixes"
+            )
         if suffix in (".png", ".gif"):
             angles = [_AZIMUTH + 2 * math.pi * turn / _TURNTABLE for turn in range(_TURNTABLE)]
             frames = [self.pictures(rendered[None], angle)[0] for angle in angles]
@@ -291,7 +295,8 @@ class Shape(Domain):
                 first.save(path, save_all=True, append_images=others, duration=250, loop=0)
         elif suffix == ".npz":
             points = self.surface(rendered[None], 10_000)[0].cpu().numpy()
-            np.savez_compressed(path, occupancy=rendered.cpu().numpy().astype(np.float16), points=points)
+            with path.open("wb") as file:  # a path's suffix would be added to, were it .NPZ
+                np.savez_compressed(file, occupancy=rendered.cpu().numpy().astype(np.float16), points=points)
         else:
             meshes.write_mesh(*meshes.from_grid(rendered.cpu().numpy()), path)
 

@@ -232,8 +232,6 @@ def write_mesh(vertices: np.ndarray, faces: np.ndarray, path: Path) -> None:
     """A mesh as a .glb, .ply, .obj, .off or .stl file."""
     import trimesh
 
-    if path.suffix.lower() not in MESH_SUFFIXES:
-        raise ValueError(f"{path.name}: meshes are written as {', '.join(MESH_SUFFIXES)}; choose one of these suffixes")
     trimesh.Trimesh(vertices, faces, process=False).export(path)
 
 
