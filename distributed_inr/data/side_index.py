@@ -163,6 +163,11 @@ class SideIndex:
         )
 
 
+def is_name(name: str) -> bool:
+    """Whether a member may be called so; others are passed over."""
+    return len(name) <= _MAX_NAME and _UNPRINTABLE.search(name) is None
+
+
 def _members(path: Path, size: int, ignored: collections.Counter[str]) -> tuple[list[tuple[str, int, int]], int | None]:
     """Name, offset and length of the regular members of a tar, in order, and where it is cut short or damaged, if so.
 
@@ -183,7 +188,7 @@ def _members(path: Path, size: int, ignored: collections.Counter[str]) -> tuple[
                     ignored["not a regular file"] += 1
                 elif member.name.startswith("/") or ".." in member.name.split("/"):
                     ignored["name that points outside"] += 1
-                elif len(member.name) > _MAX_NAME or _UNPRINTABLE.search(member.name):
+                elif not is_name(member.name):
                     ignored["name with control characters, not in UTF-8, or too long"] += 1
                 elif not re.match(r"__[^/]*__($|/)", member.name):
                     found.append((member.name, member.offset_data, length))
