@@ -17,6 +17,8 @@ from distributed_inr.generation import FieldModel
 CLIPS = Video(size=16, frames=4)  # a third of a second
 MOTIONS = DOMAINS["motion"].settle(protocol(DOMAINS["motion"]))  # positions, 16 frames at 30 a second
 
+SCENES = DOMAINS["scene"]  # films of a quarter of a second
+
 
 def model_without_prior(domain: Any, folder: Path) -> FieldModel:
     """Whoever draws of it fails."""
@@ -49,6 +51,22 @@ def model_without_prior(domain: Any, folder: Path) -> FieldModel:
         (CLIPS, "png", None, {"fps": 9.0}, r"^fps=9.0: the .png of a clip has frames, width; leave fps out"),
         (CLIPS, "gif", None, {"fps": 60.0}, r"^60 frames a second: players slow .gif down above 50"),
         (CLIPS, "webp", None, {"frames": 40}, r"^120 frames a second: players slow .webp down above 90"),
+        (
+            SCENES,
+            "png",
+            None,
+            {"frames": 8},
+            r"^frames=8: the .png of a scene has only a resolution, in px; leave frames",
+        ),
+        (
+            SCENES,
+            "glb",
+            None,
+            {"fps": 9.0},
+            r"^fps=9.0: the .glb of a scene has only a resolution, in px; leave fps out",
+        ),
+        (SCENES, "glb", 1025, {}, r"^resolution=1025 must lie in 1..1024 px a side for .glb"),
+        (SCENES, "gif", None, {"frames": 24}, r"^96 frames a second: players slow .gif down above 50"),
     ],
 )
 def test_what_no_file_can_be_is_refused_before_anything_is_drawn(
@@ -71,6 +89,8 @@ def test_options_that_a_file_has_are_those_that_were_given():
     assert check_options(CLIPS, ".mp4", 720, given) == {"frames": 48, "width": 1280}
     assert check_options(CLIPS, ".png", 720, given) == {"frames": 48, "width": 1280}
     assert check_options(CLIPS, ".gif", 16, {"frames": 16, "fps": 50.0}) == {"frames": 16, "fps": 50.0}
+    assert check_options(SCENES, ".mp4", 4096, {"frames": 24, "width": None}) == {"frames": 24}
+    assert check_options(SCENES, ".ply", 1024, {}) == check_options(SCENES, ".png", 4096, {}) == {}
     assert check_options(MOTIONS, ".gif", 26, {"frames": None}) == {}
     assert check_options(MOTIONS, ".mp4", 6400, {}) == check_options(PLAIN, ".npy", 6400, {}) == {}
     raw = dataclasses.replace(PLAIN, content="bvh", hierarchy=HIERARCHY)

@@ -17,7 +17,7 @@ from distributed_inr.domains import rays, scene_mesh, scene_rays, scene_views
 from distributed_inr.domains.domain import Domain, Queries, Record, Signal, caption, collate
 from distributed_inr.domains.image import downscale
 from distributed_inr.field import Field
-from distributed_inr.raw import posed_views, view_folders
+from distributed_inr.raw import clips, posed_views, view_folders
 from distributed_inr.raw.posed_views import CAMERA_DIM, Fit, Form, Ground
 
 Views = Float[Tensor, "batch views 3 height width"]
@@ -342,6 +342,13 @@ class Scene(Domain):
     def thumbnails(self, rendered: Tensor) -> Tensor:
         return scene_views.resized(rendered, min(_THUMBNAIL, rendered.shape[-1])).flatten(1)
 
+    def options_of(self, suffix: str) -> tuple[str, ...]:
+        """Only films have any."""
+        return self.file_options if suffix in scene_views.FILM_SUFFIXES else ()
+
+    def check_file(self, suffix: str, resolution: int, *, frames: int | None = None, fps: float | None = None) -> None:
+        clips.check_rate(suffix, fps or self._rate(frames or self.orbit_views))
+
     def write(
         self, field: Field, resolution: int, path: Path, *, frames: int | None = None, fps: float | None = None
     ) -> Views:
@@ -362,10 +369,13 @@ class Scene(Domain):
             cameras = self.orbit(frames or self.orbit_views) if is_film else self._cameras_for(field, None)[0]
             bar = tqdm(cameras.split(1), desc=path.name, unit="view", delay=3, disable=None, leave=False)
             views = (self.render(field, resolution, cameras=camera)[0, 0].cpu() for camera in bar)
-            rate = fps or scene_views.FRAME_RATE * len(cameras) / self.orbit_views
-            scene_views.write(views, path, ground=self.ground_level, rate=rate)
+            scene_views.write(views, path, ground=self.ground_level, rate=fps or self._rate(len(cameras)))
         return self.render(field, min(resolution, 2 * self.size)).cpu()
 
     def save(self, rendered: Float[Tensor, "views 3 height width"], path: Path) -> None:
         """The views one after the other as a film (.mp4, .webm, .gif, .webp), or beside each other as .png."""
         scene_views.write(rendered, path, ground=self.ground_level)
+
+    def _rate(self, frames: int) -> float:
+        """Of films: they last as long whatever the number of frames."""
+        return scene_views.FRAME_RATE * frames / self.orbit_views
