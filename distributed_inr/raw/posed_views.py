@@ -19,7 +19,7 @@ from PIL import Image
 from distributed_inr.raw import option
 from distributed_inr.raw.arrays import read_rows, write_npy
 from distributed_inr.raw.pictures import MAX_PIXELS
-from distributed_inr.raw.view_folders import DECODERS, PosedViews, check_rotation, evenly, read_points
+from distributed_inr.raw.view_folders import DECODERS, LARGEST, PosedViews, check_rotation, evenly, read_points
 from distributed_inr.raw.visual_hull import carve
 
 Ground = Literal["white", "black"]
@@ -111,15 +111,24 @@ def decode(
 
 
 def cameras_of(posed: PosedViews, form: Form) -> Float32[np.ndarray, "views 20"]:
-    """The record's cameras, of the first picture's size: what `encode` refuses is not noticed here."""
-    with Image.open(posed.files[0], formats=DECODERS) as picture:
-        return _cameras(posed, picture.size, form)[0]
+    """The record's cameras, of the first picture's size: what else `encode` refuses is not noticed here. Raises
+    ValueError.
+    """
+    try:
+        with Image.open(posed.files[0], formats=DECODERS) as picture:
+            size = picture.size
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        raise ValueError(f"{posed.files[0].name}: {error}") from None
+    return _cameras(posed, size, form)[0]
 
 
 def check_cameras(cameras: Float[np.ndarray, "views 20"]) -> None:
     """Raise ValueError where a camera is none: a pose that is not a rotation and a place, a lens that sees nothing."""
-    if not np.isfinite(cameras).all():
-        raise ValueError(f"the camera of view {int(np.isfinite(cameras).all(1).argmin())} is not finite")
+    is_usual = (np.abs(cameras) < LARGEST).all(1)
+    if not is_usual.all():
+        raise ValueError(
+            f"the camera of view {int(is_usual.argmin())} has numbers that are not below {LARGEST:g} in size"
+        )
     poses = cameras[:, :16].reshape(-1, 4, 4)
     for number, pose in enumerate(poses):
         check_rotation(pose, f"view {number}")
@@ -215,6 +224,7 @@ def _decode(
     return reduced, mask, (width, height)
 
 
+@np.errstate(all="ignore")  # what does not become a usual number is told of at the end
 def _cameras(
     posed: PosedViews, size: tuple[int, int], form: Form
 ) -> tuple[Float32[np.ndarray, "views 20"], Float[np.ndarray, "3"], float]:
@@ -222,6 +232,8 @@ def _cameras(
     width, height = size
     fx, fy, cx, cy, own_width, own_height = posed.lenses.T.copy()
     own_width, own_height = (np.where(np.isnan(a), b, a) for a, b in ((own_width, width), (own_height, height)))
+    if not (np.minimum(own_width, own_height) > 0).all():
+        raise ValueError(f"w={own_width.min():g} and h={own_height.min():g}: w and h must be positive; correct them")
     if (np.abs(own_width / width - own_height / height) > 0.01 * own_width / width).any():
         raise ValueError(
             f"the intrinsics are those of {own_width[0]:.0f} x {own_height[0]:.0f} pixels, the pictures have "

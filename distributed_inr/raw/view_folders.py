@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 from jaxtyping import Float
 
 DECODERS = ("PNG", "JPEG", "WEBP")
+LARGEST = 1e18
+"""Of poses and intrinsics: float32 cannot hold the squares of much larger numbers."""
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
@@ -114,9 +117,7 @@ def read_points(path: Path) -> Float[np.ndarray, "points 6"]:
     """Vertices of a PLY file and their colours in [0, 255]."""
     import trimesh
 
-    if path.stat().st_size > _MAX_PLY_BYTES:
-        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, more than {_MAX_PLY_BYTES}; thin the points")
-    content = path.read_bytes()
+    content = _content(path, _MAX_PLY_BYTES)
     header = content[:_MAX_PLY_HEADER].split(b"end_header")[0]
     if not content.startswith(b"ply") or b" red" not in header:
         raise ValueError(f"{path.name} is not a PLY file whose vertices have colours (red, green, blue); add them")
@@ -133,40 +134,58 @@ def read_points(path: Path) -> Float[np.ndarray, "points 6"]:
     return points
 
 
+def _content(path: Path, most: int) -> bytes:
+    try:
+        if not path.is_file():
+            raise ValueError(f"{path.name} is missing; restore it")
+        if (size := path.stat().st_size) > most:
+            raise ValueError(f"{path.name} has {size} bytes, more than {most}; make it smaller")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read: {error.strerror}; restore it") from None
+
+
 def _text(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"{path.name} is missing; restore it")
-    if path.stat().st_size > _MAX_TEXT_BYTES:
-        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, more than {_MAX_TEXT_BYTES}")
-    return path.read_text(encoding="utf-8")
+    try:
+        return _content(path, _MAX_TEXT_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not a text in UTF-8: {error}; write it again") from None
 
 
 def _number(word: Any) -> float:
     try:
         value = float(word)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{str(word)[:40]!r} stands where a number must; correct the file")
+    if not abs(value) < LARGEST:
+        shown = str(word)[:40] if isinstance(word, str | int | float) else reprlib.repr(word)
+        raise ValueError(f"{shown!r} stands where a number must, below {LARGEST:g} in size; correct the file")
     return value
 
 
 def _inside(folder: Path, name: str) -> Path:
     """A file that another names. One without suffix is a PNG, as in the synthetic NeRF scenes."""
     file = folder / name
-    if not file.suffix and not file.exists():
-        file = file.with_suffix(".png")
-    if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
-        raise ValueError(f"transforms.json names {name!r}, which is not in its folder; restore it or remove the frame")
+    try:
+        if not file.suffix and not file.exists():
+            file = file.with_suffix(".png")
+        is_inside = file.resolve().is_relative_to(folder.resolve()) and file.is_file()
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, empty or no name; links in a circle
+        is_inside = False
+    if not is_inside:
+        shown = repr(name[:100])
+        raise ValueError(f"transforms.json names {shown}, which is not in its folder; restore it or remove the frame")
     return file
 
 
 def _pose(rows: Sequence[Sequence[Any]], name: str) -> Float[np.ndarray, "4 4"]:
     try:
         matrix = np.array([[_number(value) for value in row] for row in rows])
-        matrix = np.concatenate([matrix[:3], [[0.0, 0.0, 0.0, 1.0]]])
+        if matrix.shape not in ((3, 4), (4, 4)):
+            raise ValueError(" x ".join(map(str, matrix.shape)))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: transform_matrix is not 4 x 4 numbers ({error})") from None
+    matrix = np.concatenate([matrix[:3], [[0.0, 0.0, 0.0, 1.0]]])
     check_rotation(matrix, name)
     return matrix
 
@@ -186,7 +205,7 @@ def _lens(own: Mapping[str, Any], name: str) -> tuple[list[float], float]:
     model = own.get("camera_model", "PINHOLE")
     bent = [key for key in _DISTORTION if _number(own.get(key, 0.0)) != 0]
     if bent or model not in _CAMERA_MODELS:
-        what = f"{bent[0]}={own[bent[0]]}" if bent else f"camera_model={model!r}"
+        what = f"{bent[0]}={own[bent[0]]}" if bent else f"camera_model={reprlib.repr(model)}"
         raise ValueError(f"{name}: {what}: rays here are straight; undistort the pictures, then set it to 0 or PINHOLE")
     given = {key: _number(own[key]) for key in ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x") if key in own}
     nan = math.nan

@@ -33,7 +33,8 @@ def srn(root: Path, metadata: Path | None, form: Form) -> list[Item]:
 
 def _item(folder: Path, root: Path, read: Callable[[Path, int], PosedViews], form: Form) -> Item:
     name = folder.name if folder == root else folder.relative_to(root).as_posix()
-    size = sum(os.stat(Path(place, file)).st_size for place, _, files in os.walk(folder) for file in files)
+    files = (Path(place, file) for place, _, files in os.walk(folder) for file in files)
+    size = sum(os.stat(file).st_size for file in files if os.path.exists(file))  # not where links lead nowhere
     key = name.replace(".", "_")  # webdataset's keys end at the first dot
     part = _SRN_PARTS.get(name.split("/")[0].lower().split("_")[-1]) if "/" in name else None
     return Item(key, name, partial(read, folder, form.max_views), size, unit=key, part=part)
@@ -59,7 +60,7 @@ def _statistics(items: Sequence[Item], form: Form) -> dict[str, Any]:
     for item in items:
         try:
             cameras = posed_views.cameras_of(item.load(), form).tolist()
-        except (ValueError, OSError, SyntaxError):  # left out, for the reason that the conversion gives
+        except ValueError:  # left out, for the reason that the conversion gives
             continue
         if shared is not None and cameras != shared:
             return {}
