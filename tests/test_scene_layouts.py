@@ -1,10 +1,8 @@
-"""Preparing scenes: nerfstudio and SRN folders, points and visual hulls, and mistakes."""
+"""Preparing scenes: nerfstudio and SRN folders, splits, shared cameras, and the way to the rays."""
 
 import dataclasses
 import json
 import shutil
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +10,30 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_scenes import ARMS, FOCAL, THICK, boxes, look_from, picture, ply, poses, surface, write_srn, write_transforms
+from tiny_scenes import (
+    ARMS,
+    FOCAL,
+    FORM,
+    THICK,
+    boxes,
+    look_from,
+    picture,
+    poses,
+    prepare,
+    write_srn,
+    write_transforms,
+)
 from tiny_sets import by_key
 
 from distributed_inr.config import from_json, to_json
 from distributed_inr.data.layouts import SOURCES
-from distributed_inr.data.prepare import Plan, Prepared, prepare_set
 from distributed_inr.domains.domain import Record
 from distributed_inr.domains.scene import Scene
-from distributed_inr.raw import view_folders, visual_hull
+from distributed_inr.raw import view_folders
 from distributed_inr.raw.arrays import read_npy
 from distributed_inr.raw.posed_views import Form, decode_views, encode, held_out, webp
 
-FORM = Form(size=32, num_points=1000, hold_out_every=4)
 DOMAIN = Scene(size=32, view_size=32, num_views=12, hold_out_every=4, num_points=600, point_noise=0.0)
-
-
-def prepare(raw: Path, out: Path, layout: str = "transforms", form: Form = FORM, **more: object) -> Prepared:
-    plan = Plan(domain="scene", layout=layout, form=form, **{"split": "none", **more})  # type: ignore[arg-type]
-    return prepare_set(raw, str(out), plan)
 
 
 def expect_arms(record: Record) -> None:
@@ -187,209 +190,6 @@ def test_metadata_that_names_missing_objects_is_one_clear_line(tmp_path: Path):
     (tmp_path / "metadata.jsonl").write_text('{"key": "gone", "text": "x"}\n')
     with pytest.raises(ValueError, match=r"metadata.jsonl names 1 files that are not in .*raw, first 'gone'"):
         prepare(tmp_path / "raw", tmp_path / "out")
-
-
-# Visual hulls
-
-
-def ball_views(count: int = 24, side: int = 64, radius: float = 0.6) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Views, silhouettes and cameras of a ball: red where x > 0, blue elsewhere."""
-    views, masks, cameras = [], [], []
-    for pose in poses(count):
-        rows, columns = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
-        x, y = ((columns + 0.5) / side - 0.5) / FOCAL, -((rows + 0.5) / side - 0.5) / FOCAL
-        directions = x[..., None] * pose[:3, 0] + y[..., None] * pose[:3, 1] - pose[:3, 2]
-        directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
-        along = -(directions @ pose[:3, 3])
-        inside = along**2 - pose[:3, 3] @ pose[:3, 3] + radius**2
-        point = pose[:3, 3] + directions * (along - np.sqrt(np.maximum(inside, 0)))[..., None]
-        colour = np.where(point[..., :1] > 0, [255, 0, 0], [0, 0, 255])
-        views.append(np.where(inside[..., None] > 0, colour, 255))
-        masks.append(inside > 0)
-        cameras.append(np.concatenate([pose.flatten(), [FOCAL, FOCAL, 0.5, 0.5]]))
-    return np.stack(views).astype(np.uint8), np.stack(masks), np.stack(cameras)
-
-
-def test_the_visual_hull_of_a_ball_is_the_ball():
-    points = visual_hull.carve(*ball_views(), 4000)
-    assert points is not None
-    radii = np.linalg.norm(points[:, :3], axis=1)
-    assert abs(np.median(radii) - 0.6) < 2 / visual_hull.CELLS and 0.5 < radii.min() and radii.max() < 0.75
-    sure = np.abs(points[:, 0]) > 0.1
-    is_red = points[:, 3] > points[:, 5]
-    assert (is_red == (points[:, 0] > 0))[sure].mean() > 0.97
-    assert np.abs(points[:, 4] + 1).max() < 0.5  # hardly any white of the ground
-
-
-def test_a_surface_is_coloured_by_the_views_that_see_it():
-    """A red plate before a blue one: most views that face the blue one's inner side see the red one there."""
-    corner = np.array([0.5, 0.08, 0.5])
-    red, blue = np.array([255.0, 0.0, 0.0]), np.array([0.0, 0.0, 255.0])
-    shapes = [(np.array([0, y, 0]) - corner, np.array([0, y, 0]) + corner, c) for y, c in ((-0.3, red), (0.3, blue))]
-    views = np.stack([picture(pose, 64, shapes=shapes) for pose in poses(30)])
-    cameras = np.stack([np.concatenate([pose.flatten(), [FOCAL, FOCAL, 0.5, 0.5]]) for pose in poses(30)])
-    points = visual_hull.carve(views, (views != 255).any(3), cameras, 6000)
-    assert points is not None
-    inner = (np.abs(points[:, [0, 2]]) < 0.4).all(1) & (np.abs(points[:, 1] - 0.22) < 0.06)
-    assert inner.sum() > 100
-    assert (points[inner, 5] > points[inner, 3]).mean() > 0.9
-
-
-def test_what_no_silhouette_holds_is_no_hull():
-    views, masks, cameras = ball_views(6)
-    assert visual_hull.carve(views, np.zeros_like(masks), cameras, 10) is None
-
-
-@pytest.mark.parametrize("alpha", [True, False])
-def test_views_without_points_are_carved(tmp_path: Path, alpha: bool):
-    write_transforms(tmp_path / "arms", points=False, side=48, count=24, alpha=alpha)
-    made = encode(view_folders.read_folder(tmp_path / "arms", 64), Form(size=48, num_points=2000))
-    points = read_npy(made["points.npy"]).astype(np.float64)
-    near = [((points[:, :3] > low - 0.06) & (points[:, :3] < high + 0.06)).all(1) for low, high, _ in boxes()]
-    assert np.any(near, axis=0).mean() > 0.9
-    for axis, (own, (_, _, colour)) in enumerate(zip(near, boxes(), strict=True)):
-        own &= points[:, axis] > THICK + 0.1  # away from the other arms
-        assert own.sum() > 100
-        assert (points[own, 3:].argmax(1) == colour.argmax()).mean() > 0.95
-
-
-def test_views_that_show_no_ground_are_refused_with_the_remedy(tmp_path: Path):
-    write_transforms(tmp_path / "arms", points=False)
-    for file in (tmp_path / "arms").glob("*.png"):
-        Image.fromarray(255 - np.array(Image.open(file))).save(file)
-    folder = view_folders.read_folder(tmp_path / "arms", 64)
-    with pytest.raises(ValueError, match=r"nor on a white ground; name a coloured PLY as ply_file_path"):
-        encode(folder, Form(size=32))
-    encode(folder, Form(size=32, ground="black"))
-
-
-# Mistakes: of one object, which is left out and listed
-
-
-def change(folder: Path, **values: object) -> None:
-    path = folder / "transforms.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def change_frame(folder: Path, **values: object) -> None:
-    table = json.loads((folder / "transforms.json").read_text())
-    table["frames"][1] |= values
-    change(folder, frames=table["frames"])
-
-
-def loop(folder: Path) -> None:
-    (folder / "loop.png").symlink_to("loop.png")
-    change_frame(folder, file_path="loop.png")
-
-
-def claim(path: Path, side: int) -> None:
-    """A PNG that says that it is so large."""
-    chunks = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(side))
-    sizes = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(sizes))
-
-
-STRETCHED = np.diag([1.0, 1.0, 1.2, 1.0]).tolist()
-MIRRORED = np.diag([1.0, 1.0, -1.0, 1.0]).tolist()
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (
-            lambda f: change_frame(f, transform_matrix=STRETCHED),
-            r"001.png: its pose is not a rotation \(R\^T R",
-        ),
-        (lambda f: change_frame(f, transform_matrix=MIRRORED), r"its pose is not a rotation .*determinant -1"),
-        (lambda f: change_frame(f, transform_matrix=[[1, 2]]), "transform_matrix is not 4 x 4 numbers"),
-        (lambda f: change_frame(f, transform_matrix=[["a"] * 4] * 4), "'a' stands where a number must"),
-        (lambda f: change_frame(f, transform_matrix=[[10**400] * 4] * 4), "stands where a number must"),
-        (lambda f: change_frame(f, transform_matrix=[[1e300] * 4, [-1e300] * 4, [1.0] * 4]), "1e.300' stands where a"),
-        (
-            lambda f: change_frame(f, transform_matrix=[[1, 0, 0, 1e30], [0, 1, 0, 0], [0, 0, 1, 0]]),
-            "'1e.30' stands where",
-        ),
-        (lambda f: change_frame(f, transform_matrix=[[1, 0, 0, 0]]), "transform_matrix is not 4 x 4 numbers"),
-        (lambda f: change_frame(f, file_path="../../other.png"), "which is not in its folder"),
-        (lambda f: change_frame(f, file_path="x" * 300), "which is not in its folder"),
-        (lambda f: change_frame(f, file_path="x" * 300 + ".png"), "which is not in its folder"),
-        (lambda f: change_frame(f, file_path="a\0b.png"), "which is not in its folder"),
-        (loop, "'loop.png', which is not in its folder"),
-        (lambda f: change_frame(f, k1=0.1), "k1=0.1: rays here are straight; undistort the pictures"),
-        (lambda f: change(f, camera_model="OPENCV_FISHEYE"), "camera_model='OPENCV_FISHEYE': rays here are straight"),
-        (lambda f: change(f, fl_x=float("nan")), "'nan' stands where a number must"),
-        (lambda f: change(f, fl_x=-3), "a focal length is not positive"),
-        (lambda f: change(f, fl_x=10**400), "stands where a number must"),
-        (lambda f: change(f, cx=1e300), "'1e.300' stands where a number must"),
-        (lambda f: change(f, fl_x=None), "'None' stands where a number must"),
-        (lambda f: change(f, w=0, h=0), "w and h must be positive"),
-        (lambda f: (f / "transforms.json").write_bytes(b"\xff{}"), "transforms.json cannot be read"),
-        (lambda f: claim(f / "000.png", 30_000), "000.png: Image size .* exceeds limit"),
-        (lambda f: change(f, frames=[]), "0 views; an object needs 2 or more"),
-        (lambda f: change(f, frames=7), "must list frames, each with file_path and transform_matrix"),
-        (lambda f: (f / "transforms.json").write_text("{"), "transforms.json cannot be read"),
-        (lambda f: (f / "001.png").write_bytes(b"\x89PNG\r\n\x1a\ncut"), "001.png: cannot identify"),
-        (lambda f: Image.new("RGB", (40, 40)).save(f / "001.png"), "views of 32 x 32 and of 40 x 40 pixels"),
-        (lambda f: Image.new("RGB", (9, 9)).save(f / "001.png"), "9 x 9 pixels, smaller than the 32 of the set"),
-        (lambda f: (f / "points.ply").write_bytes(b"ply\nend_header\n"), "not a PLY file whose vertices have colours"),
-        (lambda f: (f / "points.ply").write_bytes(ply(*surface())[:300]), "points.ply"),
-        (lambda f: change(f, ply_file_path="../good/points.ply"), "which is not in its folder"),
-        (lambda f: change(f, ply_file_path="gone.ply"), "names 'gone.ply', which is not in its folder"),
-    ],
-)
-def test_bad_objects_are_left_out_and_listed(tmp_path: Path, spoil: object, words: str):
-    for name in ("bad", "good"):
-        write_transforms(tmp_path / "raw" / name)
-    spoil(tmp_path / "raw" / "bad")  # type: ignore[operator]
-    made = prepare(tmp_path / "raw", tmp_path / "out")
-    assert list(by_key(made.parts["train"])) == ["good"]
-    (name, reason), *others = made.skipped
-    assert name == "bad" and not others and "\n" not in reason
-    with pytest.raises(ValueError, match=words):
-        raise ValueError(reason)
-
-
-def test_missing_intrinsics_are_refused(tmp_path: Path):
-    write_transforms(tmp_path / "arms")
-    table = json.loads((tmp_path / "arms" / "transforms.json").read_text())
-    del table["fl_x"]
-    (tmp_path / "arms" / "transforms.json").write_text(json.dumps(table))
-    with pytest.raises(ValueError, match="no intrinsics; give fl_x in pixels, or camera_angle_x"):
-        view_folders.read_folder(tmp_path / "arms", 64)
-    change(tmp_path / "arms", camera_angle_x=1e-320)
-    with pytest.raises(ValueError, match="the camera of view 0 has numbers that are not below"):
-        encode(view_folders.read_folder(tmp_path / "arms", 64), FORM)
-
-
-def test_links_that_lead_nowhere_are_no_part_of_an_object(tmp_path: Path):
-    write_transforms(tmp_path / "raw" / "arms")
-    (tmp_path / "raw" / "arms" / "notes.txt").symlink_to("gone.txt")
-    assert list(by_key(prepare(tmp_path / "raw", tmp_path / "out").parts["train"])) == ["arms"]
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda f: (f / "intrinsics.txt").write_text("1 2 3"), "must have five lines"),
-        (lambda f: (f / "pose" / "000001.txt").write_text("1 2 3"), "holds 3 numbers"),
-        (lambda f: (f / "pose" / "000001.txt").unlink(), "000001.txt is missing"),
-        (lambda f: shutil.rmtree(f / "rgb"), "no pictures in rgb/"),
-        (lambda f: (f / "pose" / "000001.txt").write_bytes(b"\xff"), "000001.txt is not a text in UTF-8"),
-        (lambda f: (f / "pose" / "000001.txt").write_text("1e30 " * 16), "'1e30' stands where a number must"),
-        (lambda f: (f / "intrinsics.txt").write_text("9e999 1 1 0\n0 0 0\n1\n1\n32 32\n"), "'9e999' stands where"),
-        (lambda f: claim(f / "rgb" / "000000.png", 30_000), "000000.png: Image size .* exceeds limit"),
-    ],
-)
-def test_bad_srn_folders_are_left_out_and_listed(tmp_path: Path, spoil: object, words: str):
-    for name in ("bad", "good"):
-        write_srn(tmp_path / "raw" / name)
-    spoil(tmp_path / "raw" / "bad")  # type: ignore[operator]
-    made = prepare(tmp_path / "raw", tmp_path / "out", "srn")
-    assert list(by_key(made.parts["train"])) == ["good"]
-    ((name, reason),) = made.skipped
-    with pytest.raises(ValueError, match=words):
-        raise ValueError(reason)
-    assert name == "bad" and "\n" not in reason
 
 
 def test_the_source_is_registered_and_its_options_checked():

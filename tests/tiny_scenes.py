@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
+from distributed_inr.data.prepare import Plan, Prepared, prepare_set
 from distributed_inr.domains.domain import Record
 from distributed_inr.domains.scene import Scene
 from distributed_inr.field import Field
@@ -130,6 +132,16 @@ def make_record(folder: Path) -> Record:
     return {"__key__": "arms", "txt": b"Three arms", **members}
 
 
+FORM = posed_views.Form(size=32, num_points=1000, hold_out_every=4)
+
+
+def prepare(
+    raw: Path, out: Path, layout: str = "transforms", form: posed_views.Form = FORM, **more: object
+) -> Prepared:
+    plan = Plan(domain="scene", layout=layout, form=form, **{"split": "none", **more})  # type: ignore[arg-type]
+    return prepare_set(raw, str(out), plan)
+
+
 def arms_field(domain: Scene, count: int = 1) -> Field:
     """The object as a field: solid inside the arms, empty elsewhere."""
 
@@ -144,3 +156,15 @@ def arms_field(domain: Scene, count: int = 1) -> Field:
         return found
 
     return Field(values, (torch.zeros(count),), domain)
+
+
+def ball_field(domain: Scene, radius: float = 0.5, sharpness: float = 200.0) -> Field:
+    """A solid ball, blue where seen along +y and else red."""
+
+    def values(parameters: tuple[Tensor, ...], coords: Tensor, view: Tensor | None) -> Tensor:
+        assert view is not None
+        density = sharpness * (radius - coords.norm(dim=-1, keepdim=True))
+        red = torch.where(view[..., 1:2] > 0.5, -9.0, 9.0)
+        return torch.cat([density, red, torch.full_like(red, -9.0), -red], dim=-1)
+
+    return Field(values, (torch.zeros(1),), domain)
