@@ -121,6 +121,24 @@ def test_the_config_survives_json_and_takes_shared_cameras_from_the_set(record: 
     assert torch.equal(settled.render(field, 8), DOMAIN.render(arms_field(DOMAIN), 8, cameras=cameras[[3, 7, 11]]))
 
 
+def test_scenes_are_comparable_where_all_are_seen_from_the_same_cameras(record: Record):
+    batch = signals(record)
+    assert isinstance(batch.targets, dict)
+    shared = batch.targets["cameras"][0]
+    settled = DOMAIN.settle({"cameras": shared.tolist()})
+    assert settled.comparable and not DOMAIN.comparable and not DOMAIN.settle({"form": {}}).comparable
+    field = arms_field(DOMAIN)
+    assert torch.equal(settled.render(field, 16), settled.reproduce(field, batch))
+    assert not torch.equal(DOMAIN.render(field, 16), DOMAIN.reproduce(field, batch))
+    others = dataclasses.replace(DOMAIN, cameras=tuple(map(tuple, shared[:3].tolist())))
+    for protocol in ({}, {"cameras": shared.tolist()}):
+        with pytest.raises(
+            ValueError, match="domain.cameras holds 3 cameras that the set does not tell of; leave it em"
+        ):
+            others.settle(protocol)
+    assert settled.settle({"cameras": shared.tolist()}) == settled
+
+
 def test_blank_signals_have_the_shapes_and_types_of_real_ones(record: Record):
     inputs, targets = DOMAIN.blank(2)
     real = signals(record, 2)

@@ -175,6 +175,13 @@ class Domain(ABC):
     def grid(self) -> tuple[int, ...]:
         """Cells along each coordinate axis of what the encoder sees, x first: what planes are laid over."""
 
+    @property
+    def comparable(self) -> bool:
+        """Whether renderings, and `truth`, show all signals alike, so that their differences are those of the signals;
+        scenes that are not seen from the same cameras are not.
+        """
+        return True
+
     @abstractmethod
     def read(self, record: Record, seed: int) -> Signal:
         """Decode one shard record on the CPU. Raises ValueError when the sample is bad (the reader replaces it)."""

@@ -81,8 +81,8 @@ class Scene(Domain):
     fit: Fit | None = None
     """Where one's own folders' unit sphere lies; none takes the --fit that the set was prepared with."""
     cameras: tuple[tuple[float, ...], ...] = ()
-    """Cameras of renderings, 20 numbers each; empty takes the set's held-out ones where its objects share them, else a
-    few of an orbit."""
+    """Cameras of renderings, 20 numbers each, which the set tells: the held-out ones of all its objects. Empty where
+    these do not share them, and renderings are from a few places of an orbit."""
 
     grid_option: ClassVar[str] = "cells"
     coord_dim: ClassVar[int] = 3
@@ -120,6 +120,10 @@ class Scene(Domain):
     @property
     def ground_level(self) -> float:
         return 1.0 if self.ground == "white" else 0.0
+
+    @property
+    def comparable(self) -> bool:
+        return bool(self.cameras)
 
     def read(self, record: Record, seed: int) -> Signal:
         return self._read(record, seed, self.num_views)
@@ -184,10 +188,15 @@ class Scene(Domain):
         for name in ("scale", "fit"):
             if getattr(self, name) is None and form.get(name) not in (None, getattr(Form, name)):
                 told[name] = form[name]
-        if shared and not self.cameras:
+        if shared:
             own = posed_views.chosen(len(shared), self.num_views, self.hold_out_every)
             told["cameras"] = [shared[own[i]] for i in posed_views.held_out(self.num_views, self.hold_out_every)]
-        return override(self, told) if told else self
+        settled = override(self, told) if told else self
+        if self.cameras and (settled.cameras != self.cameras or not shared):
+            raise ValueError(
+                f"domain.cameras holds {len(self.cameras)} cameras that the set does not tell of; leave it empty"
+            )
+        return settled
 
     @property
     def num_copies(self) -> int:
