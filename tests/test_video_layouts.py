@@ -295,3 +295,14 @@ def test_clips_too_high_for_webp_are_kept_as_png() -> None:
     with pytest.raises(ValueError, match="too high for one WebP; use --encoding png or mp4"):
         clips.encode(clip, Form())
     assert clips.encode(clip, Form(encoding="png"))[0] == "clip.png"
+
+
+def test_clips_too_wide_for_mp4_are_one_clear_line(tmp_path: Path) -> None:
+    clip = np.zeros((2, 4, 20_000, 3), np.uint8)
+    with pytest.raises(
+        ValueError, match=r"^20000 x 4 pixels cannot be written as mp4: .*; reduce them, or use another"
+    ):
+        clips.encode(clip, Form(encoding="mp4"))
+    with pytest.raises(ValueError, match=r"^20000 x 4 pixels cannot be written as mp4") as problem:
+        clips.write(iter(clip), tmp_path / "a.mp4", rate=10.0)
+    assert "\n" not in str(problem.value)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
@@ -182,6 +183,13 @@ def _write_video(frames: Iterable[Frame], file: io.BufferedIOBase, container: st
                 context = stream.codec_context
                 # BT.709, said aloud: players guess by the size where nothing is said, and colours shift.
                 context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
+                try:
+                    context.open()
+                except FFmpegError:
+                    raise ValueError(
+                        f"{width} x {height} pixels cannot be written as {container}: the encoder takes no such size; "
+                        "reduce them, or use another kind"
+                    ) from None
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             output.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="itu709")))
         output.mux(stream.encode())
