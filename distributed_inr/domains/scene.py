@@ -242,23 +242,9 @@ class Scene(Domain):
         return rays.composite(density, colours, length, self.ground_level)
 
     def _ask(
-        self,
-        field: Field,
-        origins: Float[Tensor, "batch rays 3"],
-        directions: Float[Tensor, "batch rays 3"],
-        depths: Float[Tensor, "batch rays steps"] | int,
+        self, field: Field, origins: Tensor, directions: Tensor, depths: Tensor | int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Densities and colours at depths along rays, or in the middles of so many equal steps; the depth at which rays
-        enter the bounds, and the length of their steps.
-        """
-        near, far = rays.interval(origins, directions, self.bounds)
-        depths = rays.middles(near, far, depths) if isinstance(depths, int) else depths
-        places = origins[:, :, None] + directions[:, :, None] * depths[..., None]
-        view = directions[:, :, None].expand_as(places).flatten(1, 2)
-        # Rays that miss the bounds are asked outside of them; their steps have no length.
-        values = field(places.clamp(-1, 1).flatten(1, 2), view).unflatten(1, depths.shape[1:])
-        density, colours = self.density(values[..., 0]), values[..., 1:].sigmoid()
-        return density, colours, near, (far - near) / depths.shape[-1]
+        return scene_rays.ask(field, origins, directions, depths, bounds=self.bounds, density=self.density)
 
     def density(self, value: Tensor) -> Tensor:
         """Density for each unit of length, of the field's first value."""

@@ -1,6 +1,8 @@
-"""Rays of scenes: those drawn from posed views to train on, and those of whole views to render."""
+"""Rays of scenes: those drawn from posed views to train on, those of whole views to render, and what fields are along
+them.
+"""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -9,6 +11,7 @@ from tqdm import tqdm
 
 from distributed_inr import randomness
 from distributed_inr.domains import rays
+from distributed_inr.field import Field
 
 
 def draw(
@@ -37,6 +40,35 @@ def draw(
         place = torch.cat([torch.where(some, found, place[:, :num_of_object]), place[:, num_of_object:]], dim=1)
     colours = pixels.gather(1, place[..., None].expand(-1, -1, 3)).float() / 255
     return *rays.pixel_rays(cameras, place, side), colours
+
+
+def ask(
+    field: Field,
+    origins: Float[Tensor, "batch rays 3"],
+    directions: Float[Tensor, "batch rays 3"],
+    depths: Float[Tensor, "batch rays steps"] | int,
+    *,
+    bounds: rays.Bounds,
+    density: Callable[[Tensor], Tensor],
+) -> tuple[
+    Float[Tensor, "batch rays steps"],
+    Float[Tensor, "batch rays steps 3"],
+    Float[Tensor, "batch rays"],
+    Float[Tensor, "batch rays"],
+]:
+    """Densities and colours along rays, the depths at which these enter the bounds, and the lengths of their steps.
+
+    Args:
+        depths: where each ray is asked, once in each of equal steps; a number stands for the middles of so many.
+        density: of the field's first value, for each unit of length.
+    """
+    near, far = rays.interval(origins, directions, bounds)
+    depths = rays.middles(near, far, depths) if isinstance(depths, int) else depths
+    places = origins[:, :, None] + directions[:, :, None] * depths[..., None]
+    view = directions[:, :, None].expand_as(places).flatten(1, 2)
+    # Rays that miss the bounds are asked outside of them; their steps have no length.
+    values = field(places.clamp(-1, 1).flatten(1, 2), view).unflatten(1, depths.shape[1:])
+    return density(values[..., 0]), values[..., 1:].sigmoid(), near, (far - near) / depths.shape[-1]
 
 
 def pieces(
