@@ -6,13 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distributed_inr.data.layouts.item import Item, Part, read_metadata, refuse_missing, with_row
+from distributed_inr.data.layouts.item import PARTS, Item, read_metadata, refuse_missing, size_of, with_row
 from distributed_inr.data.layouts.source import Source
 from distributed_inr.raw import posed_views, view_folders
 from distributed_inr.raw.posed_views import Form
 from distributed_inr.raw.view_folders import PosedViews
-
-_SRN_PARTS: dict[str, Part] = {"train": "train", "val": "val", "test": "val"}
 
 
 def transforms(root: Path, metadata: Path | None, form: Form) -> list[Item]:
@@ -34,9 +32,9 @@ def srn(root: Path, metadata: Path | None, form: Form) -> list[Item]:
 def _item(folder: Path, root: Path, read: Callable[[Path, int], PosedViews], form: Form) -> Item:
     name = folder.name if folder == root else folder.relative_to(root).as_posix()
     files = (Path(place, file) for place, _, files in os.walk(folder) for file in files)
-    size = sum(os.stat(file).st_size for file in files if os.path.exists(file))  # not where links lead nowhere
+    size = sum(size_of(file) for file in files)
     key = name.replace(".", "_")  # webdataset's keys end at the first dot
-    part = _SRN_PARTS.get(name.split("/")[0].lower().split("_")[-1]) if "/" in name else None
+    part = PARTS.get(name.split("/")[0].lower().split("_")[-1]) if "/" in name else None
     return Item(key, name, partial(read, folder, form.max_views), size, unit=key, part=part)
 
 
