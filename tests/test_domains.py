@@ -14,13 +14,14 @@ import torch
 from tiny_domains import DOMAINS, FAMILIES, autoencoder, own_file, protocol, tiny_experiment, write_sets
 
 import distributed_inr as dinr
-from distributed_inr import pipeline
+from distributed_inr import analysis, pipeline
 from distributed_inr.config import from_json, override, to_json
 from distributed_inr.domains import AnyDomain, Domain, Signal, collate
 from distributed_inr.evaluation import evaluate, metrics
 from distributed_inr.experiment import Experiment
 from distributed_inr.field import Field
 from distributed_inr.files import export
+from distributed_inr.generation import load
 from distributed_inr.models.latent_fitting import AutoDecoding
 from distributed_inr.plan import plan
 from distributed_inr.worker import Worker
@@ -187,7 +188,16 @@ def test_a_whole_run_is_made_killed_and_gone_on_with(kind: str, family: str, fol
 
     if kept and family == "chinr":
         export(whole["run"], tmp_path / "exported")
-        assert "exported runs are without" in evaluate(tmp_path / "exported")["left_out"]["train"]
+        apart = override(model.experiment, {"domain.cameras": []})
+        (tmp_path / "exported" / "config.json").write_text(to_json(apart))
+        result = evaluate(tmp_path / "exported")
+        assert "exported runs are without" in result["left_out"]["train"]
+        assert "are not seen from the same cameras" in result["left_out"]["distances to training signals"]
+        own_views = ["its nearest training view", "the mean of its training views"]
+        assert result["samples"] == {} and list(result["val"]["baselines"]) == own_views
+        assert "samples-" in (tmp_path / "exported" / "report.md").read_text()
+        with pytest.raises(ValueError, match="are not seen from the same cameras"):
+            analysis.memorisation(load(tmp_path / "exported"), count=1, steps=1)
 
     killed = override(experiment, {"output": str(tmp_path / "killed")})
     process = multiprocessing.get_context("spawn").Process(target=run_until_killed, args=(killed,))

@@ -22,7 +22,7 @@ from distributed_inr.config import differences, to_dict
 from distributed_inr.domains import Domain, Signal
 from distributed_inr.domains.domain import seeds_for
 from distributed_inr.evaluation import metrics
-from distributed_inr.evaluation.evaluate import check_pipe
+from distributed_inr.evaluation.evaluate import check_pipe, why_incomparable
 from distributed_inr.evaluation.splits import Split
 from distributed_inr.generation import FieldModel
 
@@ -129,6 +129,8 @@ def memorisation(
 
 def _compare(model: FieldModel, samples: Float[Tensor, "count 3 height width"], *, allow_pipe: bool) -> Memorisation:
     check_pipe(model, allow_pipe=allow_pipe)
+    if (reason := why_incomparable(model)) is not None:
+        raise ValueError(reason)
     sets = [samples]
     if model.experiment.data.val is not None:
         pairs = [_held_out(model, signal) for signal in _held_out_batches(model, len(samples), allow_pipe=allow_pipe)]

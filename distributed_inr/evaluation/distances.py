@@ -75,15 +75,21 @@ def distances(
     model: FieldModel,
     training: Split,
     held_out: Split | None,
-    known: Known,
+    known: Known | None,
     pictures: Pictures,
     advance: Advance,
     left_out: dict[str, str],
 ) -> dict[str, Any]:
-    """Draw samples and measure them beside the training signals, and held-out signals beside the same."""
+    """Draw samples and measure them beside the training signals, and held-out signals beside the same.
+
+    Args:
+        known: of the training signals; None where their renderings are not comparable with samples'.
+    """
     evaluation, domain = model.experiment.evaluation, model.domain
     latents = model.sample_latents(num_samples(model), seed=model.experiment.seed)
     pictures.samples = _sheets(model, latents)
+    if known is None:
+        return {}
     networks: list[nn.Module] = []
     if evaluation.num_samples < 2:
         reason = f"evaluation.num_samples={evaluation.num_samples}: distances between distributions need 2 or more"

@@ -46,7 +46,11 @@ def evaluate(
     result: dict[str, Any] = {"run": f"{experiment.family}/{experiment.name}"}
     left_out: dict[str, str] = {}
 
-    known = survey(training, bar.advance)
+    known = None
+    if (reason := why_incomparable(model)) is None:
+        known = survey(training, bar.advance)
+    else:
+        left_out["distances to training signals"] = reason
     if held_out is None:
         left_out["val"] = "data.val is not set: there is nothing held out to reconstruct"
     else:
@@ -76,12 +80,13 @@ class Bar:
     def __init__(self, progress: Progress | None, model: FieldModel, training: Split, held_out: Split | None) -> None:
         self.progress, self.done = progress, 0
         evaluation = model.experiment.evaluation
-        self.total = len(training.spread(MAX_TRAINING_SIGNALS))
+        comparable = model.domain.comparable
+        self.total = len(training.spread(MAX_TRAINING_SIGNALS)) if comparable else 0
         if held_out is not None:
             self.total += len(held_out.spread(evaluation.max_reconstructions))
         if model.domain.kept_back:
             self.total += len(training.spread(evaluation.max_reconstructions))
-        if model.prior is not None:
+        if model.prior is not None and comparable:
             self.total += num_samples(model)
             self.total += 0 if held_out is None else len(held_out.spread(num_samples(model)))
             if evaluation.num_samples >= 2:
@@ -106,3 +111,13 @@ def check_pipe(model: FieldModel, *, allow_pipe: bool) -> None:
             f"{model.folder}/config.json has data.allow_pipe=true: reading its data could run the commands in "
             f"data.train={data.train!r} or data.val={data.val!r}; give --allow-pipe if you trust them"
         )
+
+
+def why_incomparable(model: FieldModel) -> str | None:
+    """The reason why samples cannot be compared with the run's training signals, where they cannot."""
+    if model.domain.comparable:
+        return None
+    return (
+        f"the {model.domain.noun}s of {model.experiment.data.train!r} are not seen from the same cameras, so that "
+        "samples cannot be compared with them; prepare a set whose objects share their cameras"
+    )

@@ -34,9 +34,13 @@ class Measured:
 
 
 def reconstructions(
-    model: FieldModel, training: Split, held_out: Split, known: Known, pictures: Pictures, advance: Advance
+    model: FieldModel, training: Split, held_out: Split, known: Known | None, pictures: Pictures, advance: Advance
 ) -> dict[str, Any]:
-    """Measures of held-out signals' functions, and of what one would have without a model: means over signals."""
+    """Measures of held-out signals' functions, and of what one would have without a model: means over signals.
+
+    Args:
+        known: of the training signals; None where their renderings are not comparable with others'.
+    """
     domain = model.domain
     numbers = held_out.spread(model.experiment.evaluation.max_reconstructions)
     latent_numbers = torch.Size(model.autoencoder.latent_shape).numel()
@@ -50,10 +54,11 @@ def reconstructions(
         naive = domain.naive(signal, numbers=latent_numbers)
         for name, rendered in naive.items():
             measured.add(name, rendered, truth)
-        measured.add(f"the mean of {len(known.numbers)} training {domain.noun}s", known.mean.expand_as(truth), truth)
-        _, places = known.nearest(domain.thumbnails(truth))
-        near = torch.cat([domain.truth(domain.copies(training.one(number))[copy]) for number, copy in places])
-        measured.add(f"the nearest training {domain.noun}", near, truth)
+        if known is not None:
+            mean, (_, places) = known.mean.expand_as(truth), known.nearest(domain.thumbnails(truth))
+            measured.add(f"the mean of {len(known.numbers)} training {domain.noun}s", mean, truth)
+            near = torch.cat([domain.truth(domain.copies(training.one(number))[copy]) for number, copy in places])
+            measured.add(f"the nearest training {domain.noun}", near, truth)
         columns = {"held out": truth, "its function": found, **naive}
         if (finer := domain.finer_truth(signal)) is not None:  # which the encoder never saw
             finest, fine_truth = finer

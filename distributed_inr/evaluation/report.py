@@ -76,7 +76,7 @@ def markdown(experiment: Experiment, result: dict[str, Any], pictures: list[str]
         lines += _held_out(experiment, val) + _show(pictures, "reconstructions.png")
     if "train" in result:
         lines += _kept_back(experiment, result["train"])
-    if samples:
+    if "samples" in result:
         sampling = experiment.sampling
         lines += ["## Samples", "", f"{sampling.sampler}, {sampling.steps} steps, seed {experiment.seed}.", ""]
         shown = [name for name in pictures if name.startswith("samples-")]
@@ -207,6 +207,8 @@ def _inception(samples: dict[str, Any]) -> list[str]:
 
 
 def _neighbours(samples: dict[str, Any], pictures: list[str], domain: AnyDomain) -> list[str]:
+    if "neighbours" not in samples:
+        return []
     found = samples["neighbours"]
     lines = ["## Are the samples copies?", "", f"Distance: {found['distance']}."]
     median = f"Median over {found['samples']} samples: {found['median']:.3f}, smallest {found['smallest']:.3f}"

@@ -114,7 +114,10 @@ def reconstruction(experiment: Experiment) -> Measures:
 
 def sample_quality(experiment: Experiment) -> Measures:
     """kid of samples, with its standard error, beside `reconstruction`."""
-    kid = _evaluation(experiment)["samples"]["kid_efficientnet_lite0"]
+    found = _evaluation(experiment)
+    kid = found["samples"].get("kid_efficientnet_lite0")
+    if kid is None:
+        raise ValueError(f"{experiment.folder}/evaluation.json has no kid of samples: {found['left_out']}")
     return {"kid": kid["value"], "kid_standard_error": kid["standard_error"]} | reconstruction(experiment)
 
 
