@@ -71,6 +71,23 @@ def test_a_record_that_claims_a_huge_picture_is_not_decoded() -> None:
         DOMAIN.read({"__key__": "k", "clip.png": file.getvalue()}, 0)
 
 
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ({"size": 16, "frames": 6}, r"^domain.size=8, but the clips of data.train have size 16; try --domain.size 16$"),
+        (
+            {"size": 8, "frames": 9},
+            r"^domain.frames=6, but the clips of data.train have frames 9; try --domain.frames 9$",
+        ),
+    ],
+)
+def test_a_set_of_clips_of_another_shape_is_refused(form: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        DOMAIN.settle({"form": form})
+    for told in ({"form": {"size": 8, "frames": 6}}, {"form": {"size": None, "frames": 6}}, {"form": None}, {}):
+        assert DOMAIN.settle(told) == DOMAIN
+
+
 # Measuring
 
 

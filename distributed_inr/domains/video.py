@@ -3,9 +3,9 @@
 import dataclasses
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pydantic
@@ -115,6 +115,16 @@ class Video(Domain):
     def blank(self, count: int) -> tuple[Tensor, Tensor]:
         shape = count, 3, self.frames, self.size, self.size
         return torch.zeros(shape), torch.zeros(shape, dtype=torch.uint8)
+
+    def settle(self, protocol: Mapping[str, Any]) -> "Video":
+        """Refuses a set of clips of another shape."""
+        form = protocol.get("form") or {}
+        for name, own in (("size", self.size), ("frames", self.frames)):
+            if (told := form.get(name)) not in (None, own):
+                raise ValueError(
+                    f"domain.{name}={own}, but the clips of data.train have {name} {told}; try --domain.{name} {told}"
+                )
+        return self
 
     @property
     def num_copies(self) -> int:
