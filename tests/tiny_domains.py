@@ -109,7 +109,7 @@ def protocol(domain: Domain) -> dict[str, Any]:
     if not isinstance(domain, Motion):
         return {"made": "for tests"}
     channels = domain.channels
-    content = "positions" if channels % 3 == 0 else "channels"
+    content = domain.content or ("positions" if channels % 3 == 0 else "channels")
     known = {"frames": domain.size, "channels": channels, "fps": 30.0, "content": content}
     return {"motion": known | {"mean": [0.1] * channels, "deviation": [0.5] * channels}}
 
