@@ -88,11 +88,12 @@ def test_files_that_cannot_be_read_are_left_out_and_the_others_kept(tmp_path: Pa
 
 
 def test_files_whose_names_no_shard_can_hold_are_left_out_and_the_others_kept(tmp_path: Path) -> None:
-    for name in (b"a.png", b"caf\xe9.png", b"two\nlines.png", "caf\u00e9.png".encode()):
+    (tmp_path / "raw/__old__").mkdir(parents=True)
+    for name in (b"a.png", b"caf\xe9.png", b"two\nlines.png", b"__old__/b.png", "caf\u00e9.png".encode()):
         save_picture(tmp_path / "raw/new.png")
         os.rename(tmp_path / "raw/new.png", os.path.join(os.fsencode(tmp_path / "raw"), name))
     made = prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none"))
     assert list(by_key(made.parts["train"])) == ["a", "caf\u00e9"]
-    reason = "its name has control characters, is not UTF-8, or is too long; rename it"
-    assert made.skipped == [("caf\\udce9.png", reason), ("two\\nlines.png", reason)]
-    assert (tmp_path / "out/skipped.txt").read_text().count("\n") == 2
+    reason = "its name is empty, has control characters, __x__ or '..', is not UTF-8, or is too long; rename it"
+    assert sorted(made.skipped) == [(name, reason) for name in ("__old__/b.png", "caf\\udce9.png", "two\\nlines.png")]
+    assert (tmp_path / "out/skipped.txt").read_text().count("\n") == 3

@@ -83,6 +83,26 @@ def test_voxels_are_x_y_z_packed_or_not_with_captions_by_key(tmp_path: Path):
     assert "not a .npy" in reasons["sub/objects.npy"]
 
 
+@pytest.mark.parametrize(("layout", "suffixes"), [("mesh-files", (".obj",)), ("voxels", (".npy", ".npz"))])
+def test_files_that_cannot_be_read_are_left_out_with_a_reason(layout: str, suffixes: tuple[str, ...], tmp_path: Path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    trimesh.creation.box().export(raw / "box.obj")
+    grid = np.zeros((16, 16, 16), bool)
+    grid[2:9, 3:8, 4:7] = True
+    np.save(raw / "box.npy", grid)
+    names = [f"gone{suffix}" for suffix in suffixes]
+    for name in names:
+        (raw / name).symlink_to(tmp_path / "nowhere")
+    if layout == "voxels":
+        keys = np.array(["a/../../b", "/b", "", "good"])
+        np.savez(raw / "many.npz", occupancy=np.stack([grid] * 4), keys=keys)
+    made = prepare_set(raw, str(tmp_path / "out"), plan(layout=layout))
+    reasons = dict(made.skipped)
+    assert all(reasons[name] == "cannot be read: No such file or directory" for name in names)
+    assert list(by_key(made.parts["train"])) == (["box", "good"] if layout == "voxels" else ["box"])
+
+
 def test_files_of_grids_that_cannot_be_right_are_left_out_with_a_reason(tmp_path: Path):
     raw, grids = tmp_path / "raw", np.zeros((3, 16, 16, 16), bool)
     raw.mkdir()

@@ -21,7 +21,7 @@ from distributed_inr.data.layouts import SOURCES, Item, Part, Source, select
 from distributed_inr.data.layouts.item import Unusable
 from distributed_inr.data.shard_writer import ShardWriter
 from distributed_inr.data.shards import OpenShard, Shard, ShardIndex, load_index, read_index
-from distributed_inr.data.side_index import is_name
+from distributed_inr.data.side_index import is_key
 from distributed_inr.domains.domain import Record, caption
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def prepare_set(source: Path, out: str, plan: Plan, *, metadata: Path | None = N
         raise ValueError(f"{source} is not a folder; give the folder that holds the {plan.source.noun}s")
     assert plan.layout is not None
     found = [
-        item if is_name(item.key) else _nameless(item)
+        item if is_key(item.key) else _nameless(item)
         for item in select(plan.source.layouts[plan.layout](source, metadata, plan.form), plan.only)
     ]
     if not found:
@@ -250,7 +250,7 @@ def _write_part(
 
 def _nameless(item: Item) -> Item:
     """What no shard can name is left out, under a name that messages can hold."""
-    reason = "its name has control characters, is not UTF-8, or is too long; rename it"
+    reason = "its name is empty, has control characters, __x__ or '..', is not UTF-8, or is too long; rename it"
     key, name, unit, text = (ascii(own)[1:-1] for own in (item.key, item.name, item.unit, item.text))
     return dataclasses.replace(item, key=key, name=name, unit=unit, text=text, load=Unusable(reason))
 

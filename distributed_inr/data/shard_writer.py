@@ -9,7 +9,7 @@ from typing import Any
 
 from distributed_inr.data import storage
 from distributed_inr.data.shards import INDEX_NAME, Shard, ShardIndex
-from distributed_inr.data.side_index import MEMBER_NAME, SIDE_SUFFIX, SideIndex
+from distributed_inr.data.side_index import SIDE_SUFFIX, SideIndex, is_key
 from distributed_inr.domains.domain import Record
 
 
@@ -51,9 +51,10 @@ class ShardWriter:
     def write(self, record: Record) -> None:
         """Append one record: "__key__" and the members' bytes by suffix."""
         key = record["__key__"]
-        match = MEMBER_NAME.match(f"{key}.x")
-        if match is None or match.group(1) != key or key.startswith("/") or ".." in key.split("/"):
-            raise ValueError(f"key {key!r} cannot name a member: no dot in its last part, not absolute, no '..'")
+        if not is_key(key):
+            raise ValueError(
+                f"key {key!r} cannot name a member: printable, no dot in its last part, not absolute, no '..', no __x__"
+            )
         header = 512 if key.isascii() and len(key) < 90 else 2560  # other names need an extended header
         size = sum(header + -(-len(value) // 512) * 512 for name, value in record.items() if name != "__key__")
         if self._tar is not None and (

@@ -26,6 +26,7 @@ _HEADER = struct.Struct("<8s32sQQQQI")  # magic, sha256 and bytes of the tar, sa
 _MEMBER = np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u4"), ("suffix", "<u4")])
 _MAX_HEADER = 16 * 2**10  # bytes of a tar's extended headers; the names that file systems can hold have at most 4096
 _MAX_NAME = 4096
+_META = re.compile(r"__[^/]*__($|/)")  # of whole shards, as webdataset has them
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
 _CHUNK = 16 * 2**20
 
@@ -163,9 +164,19 @@ class SideIndex:
         )
 
 
-def is_name(name: str) -> bool:
-    """Whether a member may be called so; others are passed over."""
-    return len(name) <= _MAX_NAME and _UNPRINTABLE.search(name) is None
+def is_key(key: str) -> bool:
+    """Whether members of a shard can be named after it: those of other names are passed over when the shard is read."""
+    match = MEMBER_NAME.match(f"{key}.x")
+    is_whole = match is not None and match.group(1) == key
+    return is_whole and not (_is_outside(key) or _is_unfit(key) or _META.match(key))
+
+
+def _is_outside(name: str) -> bool:
+    return name.startswith("/") or ".." in name.split("/")
+
+
+def _is_unfit(name: str) -> bool:
+    return len(name) > _MAX_NAME or _UNPRINTABLE.search(name) is not None
 
 
 def _members(path: Path, size: int, ignored: collections.Counter[str]) -> tuple[list[tuple[str, int, int]], int | None]:
@@ -186,11 +197,11 @@ def _members(path: Path, size: int, ignored: collections.Counter[str]) -> tuple[
                     end = member.offset_data + -(-member.size // 512) * 512
                 if not member.isreg() or member.issparse():
                     ignored["not a regular file"] += 1
-                elif member.name.startswith("/") or ".." in member.name.split("/"):
+                elif _is_outside(member.name):
                     ignored["name that points outside"] += 1
-                elif not is_name(member.name):
+                elif _is_unfit(member.name):
                     ignored["name with control characters, not in UTF-8, or too long"] += 1
-                elif not re.match(r"__[^/]*__($|/)", member.name):
+                elif not _META.match(member.name):
                     found.append((member.name, member.offset_data, length))
                 if length < member.size:
                     break

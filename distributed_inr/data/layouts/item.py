@@ -83,10 +83,14 @@ class _Content:
     file: Path
 
     def __call__(self) -> bytes:
-        try:
-            return self.file.read_bytes()
-        except OSError as error:
-            raise ValueError(f"cannot be read: {error.strerror}") from None
+        return content_of(self.file)
+
+
+def content_of(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
 
 
 def read_metadata(root: Path, given: Path | None) -> tuple[Path, list[dict[str, Any]]] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distributed_inr.data.layouts.item import Item, Part, described, item_of, walk, with_class
+from distributed_inr.data.layouts.item import Item, Part, content_of, described, item_of, walk, with_class
 from distributed_inr.data.layouts.source import Source
 from distributed_inr.raw import meshes
 from distributed_inr.raw.arrays import BITS, FLOATS, INTEGERS, TEXT, Archive, read_npy, write_npy
@@ -54,7 +54,7 @@ def voxels(root: Path, metadata: Path | None, form: Form) -> list[Item]:
     for item in walk(root, _GRID_SUFFIXES):
         path = root / item.name
         try:
-            names = _keys(Archive(path.read_bytes())) if path.suffix.lower() == ".npz" else []
+            names = _keys(Archive(content_of(path))) if path.suffix.lower() == ".npz" else []
         except ValueError:
             names = []  # what is wrong is said when it is loaded
         if not names:
@@ -134,7 +134,10 @@ def _convert(content: _Grid | Path | _Queried, form: Form) -> dict[str, bytes]:
     if isinstance(content, _Queried):
         return _convert_queried(content, form)
     if isinstance(content, Path):
-        mesh = meshes.read_mesh(content, max_faces=form.max_faces)
+        try:
+            mesh = meshes.read_mesh(content, max_faces=form.max_faces)
+        except OSError as error:
+            raise ValueError(f"cannot be read: {error.strerror}") from None
         mesh = meshes.normalised(mesh, fill=form.fill)
         occupied = meshes.solid(mesh, form.resolution, close=form.close)
         triangles = mesh.vertices[mesh.faces]
@@ -171,7 +174,7 @@ class _OneGrid:
     path: Path
 
     def __call__(self) -> _Grid:
-        content = self.path.read_bytes()
+        content = content_of(self.path)
         if self.path.suffix.lower() == ".npy":
             values = read_npy(content, _CELLS)
         else:
@@ -199,7 +202,7 @@ class _ManyGrids:
 
 
 def _read_grids(path: Path) -> np.ndarray:
-    archive = Archive(path.read_bytes())
+    archive = Archive(content_of(path))
     if "occupancy" not in archive:
         raise ValueError("it has keys but no occupancy")
     values, count = archive.read("occupancy", _CELLS), len(_keys(archive))
