@@ -264,6 +264,8 @@ def test_ones_own_mesh_is_treated_as_the_training_sets_were(tmp_path: Path):
     assert from_json(Shape, to_json(domain)) == domain
     sheet = override(domain, {"close": 0.0}).settle(made.parts["train"].protocol)
     assert sheet.close == 0 and sheet.open(tmp_path / "raw" / "open.obj").targets[0, 8, 8, 8] == 0
+    usual = {"layout": "mesh-files", "form": dataclasses.asdict(meshes.Form(resolution=DOMAIN.size))}
+    assert DOMAIN.settle(usual) == DOMAIN  # so that runs which began when nothing was told go on
     assert DOMAIN.settle({}) == DOMAIN.settle({"layout": "voxels", "form": {"fill": 0.5}}) == DOMAIN
 
 

@@ -133,18 +133,17 @@ class Shape(Domain):
 
         Refuses a set whose grids have another size.
         """
-        layout, form = protocol.get("layout"), protocol.get("form") or {}
-        cells = form.get("resolution", self.size)
-        if layout in ("mesh-files", "voxels") and cells != self.size:
+        layout, form, told = protocol.get("layout"), protocol.get("form") or {}, {}
+        if layout == "occupancy-networks":  # queried points, not grids
+            told = {"fill": 1 / meshes.QUERIED_CUBE, "queries": form.get("queries")}
+        elif (cells := form.get("resolution", self.size)) != self.size:
             raise ValueError(
                 f"domain.size={self.size}, but the grids of data.train have {cells} cells a side; "
                 f"try --domain.size {cells}"
             )
-        told: dict[str, Any] = {}
-        if layout == "mesh-files":
-            told = {"fill": form.get("fill"), "close": form.get("close")}
-        elif layout == "occupancy-networks":
-            told = {"fill": 1 / meshes.QUERIED_CUBE, "queries": form.get("queries")}
+        elif layout == "mesh-files":
+            usual = meshes.Form()
+            told = {name: form.get(name) for name in ("fill", "close") if form.get(name) != getattr(usual, name)}
         return override(self, {name: value for name, value in told.items() if getattr(self, name) is None})
 
     @property
