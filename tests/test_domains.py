@@ -192,11 +192,11 @@ def test_a_whole_run_is_made_killed_and_gone_on_with(kind: str, family: str, fol
         (tmp_path / "exported" / "config.json").write_text(to_json(apart))
         result = evaluate(tmp_path / "exported")
         assert "exported runs are without" in result["left_out"]["train"]
-        assert "are not seen from the same cameras" in result["left_out"]["distances to training signals"]
+        assert "are not known to be seen from the same cameras" in result["left_out"]["distances to training signals"]
         own_views = ["its nearest training view", "the mean of its training views"]
         assert result["samples"] == {} and list(result["val"]["baselines"]) == own_views
         assert "samples-" in (tmp_path / "exported" / "report.md").read_text()
-        with pytest.raises(ValueError, match="are not seen from the same cameras"):
+        with pytest.raises(ValueError, match="are not known to be seen from the same cameras"):
             analysis.memorisation(load(tmp_path / "exported"), count=1, steps=1)
 
     killed = override(experiment, {"output": str(tmp_path / "killed")})

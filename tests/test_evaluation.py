@@ -239,6 +239,17 @@ def test_renderings_of_samples_are_let_go_while_others_are_measured(tmp_path: Pa
     assert most <= SHOWN + 3  # what the sheets show, and the one that is measured
 
 
+def test_held_out_signals_are_compared_in_the_same_number_as_samples(tmp_path: Path):
+    for name, count in {"train": 6, "val": 7}.items():
+        write_pictures(tmp_path / name, count, seed=count)
+    run = write_run(tmp_path, evaluation__num_samples=3, sampling__count=6)
+    counted: list[tuple[int, int]] = []
+    found = dinr.evaluate(run, progress=lambda done, total, figures: counted.append((done, total)))["samples"]
+    assert found["kid_efficientnet_lite0"]["samples"] == found["neighbours"]["held_out_signals"] == 3
+    assert found["neighbours"]["samples"] == 6
+    assert counted[-2][0] == counted[-1][1]
+
+
 def test_what_cannot_be_measured_is_left_out_with_its_reason(tmp_path: Path):
     write_pictures(tmp_path / "train", 6, seed=1)
     run = write_run(tmp_path, data__val=None, evaluation__num_samples=0)

@@ -123,14 +123,18 @@ def memorisation(
     """
     if count < 1:
         raise ValueError(f"count={count} must be at least 1")
+    _check_comparable(model, allow_pipe=allow_pipe)
     samples = render(model, draw(model, seeds_for(seed, count), steps=steps))
     return _compare(model, samples, allow_pipe=allow_pipe)
 
 
-def _compare(model: FieldModel, samples: Float[Tensor, "count 3 height width"], *, allow_pipe: bool) -> Memorisation:
+def _check_comparable(model: FieldModel, *, allow_pipe: bool) -> None:
     check_pipe(model, allow_pipe=allow_pipe)
     if (reason := why_incomparable(model)) is not None:
         raise ValueError(reason)
+
+
+def _compare(model: FieldModel, samples: Float[Tensor, "count 3 height width"], *, allow_pipe: bool) -> Memorisation:
     sets = [samples]
     if model.experiment.data.val is not None:
         pairs = [_held_out(model, signal) for signal in _held_out_batches(model, len(samples), allow_pipe=allow_pipe)]
@@ -258,7 +262,7 @@ def ablation(
         raise ValueError(
             f"{shown} in {other.folder}: an ablation compares priors on the same pictures; train one again"
         )
-    check_pipe(model, allow_pipe=allow_pipe)
+    _check_comparable(model, allow_pipe=allow_pipe)
     network = metrics.EfficientNetLite0().to(model.device)
     training = Split(model, model.experiment.data.train)
     reference = _features(

@@ -86,7 +86,8 @@ def distances(
         known: of the training signals; None where their renderings are not comparable with samples'.
     """
     evaluation, domain = model.experiment.evaluation, model.domain
-    latents = model.sample_latents(num_samples(model), seed=model.experiment.seed)
+    drawn = num_samples(model) if known is not None else model.experiment.sampling.count
+    latents = model.sample_latents(drawn, seed=model.experiment.seed)
     pictures.samples = _sheets(model, latents)
     if known is None:
         return {}
@@ -100,7 +101,8 @@ def distances(
             networks.append(metrics.Inception(Path(evaluation.inception_weights).expanduser()).to(model.device))
     observer = Observer(domain, networks, evaluation.surface_points if networks else 0)
     sampled = observer.traits(_renderings(model, latents), advance)
-    other = None if held_out is None else observer.of(held_out, len(latents), advance)
+    of_held_out = replace(observer, networks=networks[:1])  # no other network's features are compared
+    other = None if held_out is None else of_held_out.of(held_out, num_held_out(model), advance)
     found = _neighbours(model, latents, sampled, other, training, known, pictures)
     if not networks:
         return found
@@ -131,6 +133,14 @@ def distances(
 def num_samples(model: FieldModel) -> int:
     """Samples that an evaluation draws."""
     return max(model.experiment.evaluation.num_samples, model.experiment.sampling.count)
+
+
+def num_held_out(model: FieldModel) -> int:
+    """Held-out signals that are compared with the training signals as samples are: of distances between distributions,
+    as many.
+    """
+    count = model.experiment.evaluation.num_samples
+    return count if count >= 2 else num_samples(model)
 
 
 def checkpoints(model: FieldModel) -> dict[int, str | None]:

@@ -13,7 +13,7 @@ import torch
 
 from distributed_inr.data import storage
 from distributed_inr.evaluation import report
-from distributed_inr.evaluation.distances import CHECKPOINT_SAMPLES, checkpoints, distances, num_samples
+from distributed_inr.evaluation.distances import CHECKPOINT_SAMPLES, checkpoints, distances, num_held_out, num_samples
 from distributed_inr.evaluation.reconstructions import kept_back, reconstructions
 from distributed_inr.evaluation.splits import MAX_TRAINING_SIGNALS, Split, survey
 from distributed_inr.files import make_folder
@@ -88,7 +88,7 @@ class Bar:
             self.total += len(training.spread(evaluation.max_reconstructions))
         if model.prior is not None and comparable:
             self.total += num_samples(model)
-            self.total += 0 if held_out is None else len(held_out.spread(num_samples(model)))
+            self.total += 0 if held_out is None else len(held_out.spread(num_held_out(model)))
             if evaluation.num_samples >= 2:
                 self.total += len(training.spread(2 * evaluation.num_samples))
                 earlier = [path for path in checkpoints(model).values() if path is not None]
@@ -118,6 +118,6 @@ def why_incomparable(model: FieldModel) -> str | None:
     if model.domain.comparable:
         return None
     return (
-        f"the {model.domain.noun}s of {model.experiment.data.train!r} are not seen from the same cameras, so that "
+        f"the {model.domain.noun}s of {model.experiment.data.train!r} are not known to be seen from the same cameras: "
         "samples cannot be compared with them; prepare a set whose objects share their cameras"
     )

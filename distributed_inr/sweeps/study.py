@@ -117,7 +117,10 @@ def sample_quality(experiment: Experiment) -> Measures:
     found = _evaluation(experiment)
     kid = found["samples"].get("kid_efficientnet_lite0")
     if kid is None:
-        raise ValueError(f"{experiment.folder}/evaluation.json has no kid of samples: {found['left_out']}")
+        reasons = "; ".join(reason for what, reason in found["left_out"].items() if "dist" in what or "kid" in what)
+        raise ValueError(
+            f"{experiment.folder} has no kid to judge by: {reasons}; judge by reconstruction, or mend that"
+        )
     return {"kid": kid["value"], "kid_standard_error": kid["standard_error"]} | reconstruction(experiment)
 
 
