@@ -66,6 +66,14 @@ def test_joined_frames_of_a_coarse_clock_are_told_apart_again(tmp_path: Path) ->
         assert np.abs(found.astype(int) - np.stack(frames)).max() < 4
 
 
+def test_durations_that_are_multiples_of_the_shortest_are_kept_as_they_are(tmp_path: Path) -> None:
+    first, *others = (Image.fromarray(frame) for frame in distinct(5))
+    first.save(tmp_path / "a.gif", save_all=True, append_images=others, duration=[10, 30, 10, 20, 40])
+    found = footage.scan(tmp_path / "a.gif")
+    assert isinstance(found, footage.Animation) and found.seen == (0, 1, 1, 1, 2, 3, 3, 4, 4, 4, 4)
+    assert found.rate == pytest.approx(100)
+
+
 @pytest.mark.parametrize(
     ("suffix", "rate", "words"),
     [

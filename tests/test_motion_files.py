@@ -13,7 +13,7 @@ from distributed_inr.raw import bvh, footage
 
 
 @pytest.mark.parametrize("domain", [DOMAIN, PLAIN], ids=["positions", "channels"])
-@pytest.mark.parametrize("suffix", [".npz", ".npy"])
+@pytest.mark.parametrize("suffix", [".npz", ".npy", ".NPZ"])
 def test_saved_arrays_are_opened_again(tmp_path: Path, domain: Motion, suffix: str):
     rendered = domain.truth(signals(1))[0]
     domain.save(rendered, tmp_path / f"m{suffix}")

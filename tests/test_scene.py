@@ -111,6 +111,8 @@ def test_the_config_survives_json_and_takes_shared_cameras_from_the_set(record: 
     assert DOMAIN.settle({}) is DOMAIN
     with pytest.raises(ValueError, match="domain.ground=white, but the set's views lie on black; set it to black"):
         DOMAIN.settle({"form": {"ground": "black"}})
+    with pytest.raises(ValueError, match="view_size=48, but the set's views have 64 pixels a side; try --domain.view-"):
+        dataclasses.replace(DOMAIN, view_size=48).settle({"form": {"size": 64}})
     with pytest.raises(ValueError, match=r"domain.hold_out_every=4, but the set was prepared with 6, .*; set it to 6"):
         DOMAIN.settle({"form": {"hold_out_every": 6}})
     with pytest.raises(ValueError, match="12 views, domain.num_views=13; lower the option"):

@@ -303,10 +303,12 @@ class Motion(Domain):
             self.check_file(suffix, len(values))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        if suffix == ".npz":
-            np.savez_compressed(path, allow_pickle=False, **self._arrays(values, rate))
-        elif suffix == ".npy":
-            np.save(path, values)
+        if suffix in (".npz", ".npy"):
+            with path.open("wb") as file:  # numpy appends what it takes for the suffix to a path
+                if suffix == ".npy":
+                    np.save(file, values)
+                else:
+                    np.savez_compressed(file, allow_pickle=False, **self._arrays(values, rate))
         elif suffix == ".bvh":
             assert self.hierarchy is not None
             path.write_text(bvh.write(self.hierarchy, values, rate))

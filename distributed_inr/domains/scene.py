@@ -179,10 +179,15 @@ class Scene(Domain):
         shared, form = protocol.get("cameras"), protocol.get("form") or {}
         if (ground := form.get("ground", self.ground)) != self.ground:
             raise ValueError(f"domain.ground={self.ground}, but the set's views lie on {ground}; set it to {ground}")
-        if (every := form.get("hold_out_every", self.hold_out_every)) != self.hold_out_every:
+        if (pixels := form.get("size", self.view_size)) != self.view_size:
             raise ValueError(
-                f"domain.hold_out_every={self.hold_out_every}, but the set was prepared with {every}, and points are "
-                f"carved without these views; set it to {every}, or prepare with --hold-out-every {self.hold_out_every}"
+                f"domain.view_size={self.view_size}, but the set's views have {pixels} pixels a side; "
+                f"try --domain.view-size {pixels}"
+            )
+        if (every := form.get("hold_out_every", own := self.hold_out_every)) != own:
+            raise ValueError(
+                f"domain.hold_out_every={own}, but the set was prepared with {every}, and points must not know held-out "
+                f"views; set it to {every}, or prepare with --hold-out-every {own}"
             )
         told: dict[str, Any] = {}
         for name in ("scale", "fit"):

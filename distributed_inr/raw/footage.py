@@ -129,24 +129,26 @@ class Animation(Footage):
     def scan(path: Path, *, max_pixels: int, max_frames: int) -> "Animation":
         """Pictures of twice or three times the shortest duration stand for equal frames, which writers join.
 
-        Durations a tick apart are of one rate: their mean is what the file's clock could not say.
+        Where they are no multiples of it, those a tick apart are of one rate: their mean is what the file's clock could
+        not say.
         """
-        durations = []
+        lasting = []
         with _animation(path, max_pixels) as picture:
             if (count := getattr(picture, "n_frames", 1)) > max_frames:
                 raise ValueError(f"{count} frames, more than {max_frames}; raise --max-frames")
             for number in range(count):
                 picture.seek(number)
                 picture.load()
-                durations.append(float(picture.info.get("duration") or 100))  # what viewers take for none
-        shortest, tick = min(durations), TICKS[path.suffix.lower()]
-        unit = float(np.mean([own for own in durations if own <= max(1.25 * shortest, shortest + tick)]))
-        repeats = np.array(durations) / unit
-        off = np.abs(repeats - repeats.round()).max()
-        if repeats.max() > _MAX_REPEATS or (off > 0.25 and off >= tick / unit):
-            raise ValueError(f"its frames last {shortest:g} to {max(durations):g} ms; bring it to one frame rate")
+                lasting.append(float(picture.info.get("duration") or 100))  # what viewers take for none
+        durations, tick = np.array(lasting), TICKS[path.suffix.lower()]
+        unit = shortest = durations.min()
+        if _off(durations / shortest) > 0.25:
+            unit = durations[durations <= max(1.25 * shortest, shortest + tick)].mean()
+        repeats = durations / unit
+        if repeats.max() > _MAX_REPEATS or (_off(repeats) > 0.25 and _off(repeats) >= tick / unit):
+            raise ValueError(f"its frames last {shortest:g} to {durations.max():g} ms; bring it to one frame rate")
         seen = np.repeat(np.arange(len(durations)), repeats.round().astype(int))
-        return Animation(path, tuple(seen.tolist()), 1000 * len(seen) / sum(durations), max_pixels)
+        return Animation(path, tuple(seen.tolist()), float(1000 * len(seen) / durations.sum()), max_pixels)
 
     def __len__(self) -> int:
         return len(self.seen)
@@ -156,6 +158,11 @@ class Animation(Footage):
             for number in numbers:
                 picture.seek(self.seen[number])
                 yield _on_white(picture)
+
+
+def _off(numbers: np.ndarray) -> float:
+    """How far numbers are from whole ones, at most."""
+    return float(np.abs(numbers - numbers.round()).max())
 
 
 @dataclass(frozen=True)
