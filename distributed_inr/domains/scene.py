@@ -186,8 +186,8 @@ class Scene(Domain):
             )
         if (every := form.get("hold_out_every", own := self.hold_out_every)) != own:
             raise ValueError(
-                f"domain.hold_out_every={own}, but the set was prepared with {every}, and points must not know held-out "
-                f"views; set it to {every}, or prepare with --hold-out-every {own}"
+                f"domain.hold_out_every={own}, but the set was prepared with {every}, and points must not know "
+                f"held-out views; set it to {every}, or prepare with --hold-out-every {own}"
             )
         told: dict[str, Any] = {}
         for name in ("scale", "fit"):
