@@ -212,8 +212,6 @@ def check_options(domain: AnyDomain, suffix: str, resolution: int, options: Mapp
             raise ValueError(f"{name}={value}: the {suffix} of a {domain.noun} has {found}; leave {name} out")
         if not 0 < value <= _MOST[name]:
             raise ValueError(f"{name}={value} must be above 0 and at most {_MOST[name]}")
-    if resolution > (largest := domain.largest(suffix)):
-        raise ValueError(f"resolution={resolution} must lie in 1..{largest} {domain.unit} a side for {suffix} files")
     domain.check_file(suffix, resolution, **given)
     return given
 

@@ -65,7 +65,7 @@ def model_without_prior(domain: Any, folder: Path) -> FieldModel:
             {"fps": 9.0},
             r"^fps=9.0: the .glb of a scene has only a resolution, in px; leave fps out",
         ),
-        (SCENES, "glb", 1025, {}, r"^resolution=1025 must lie in 1..1024 px a side for .glb"),
+        (SCENES, "glb", 1025, {}, r"^resolution=1025 must lie in 1..1024 cells a side for .glb files; lower it"),
         (SCENES, "gif", None, {"frames": 24}, r"^96 frames a second: players slow .gif down above 50"),
     ],
 )

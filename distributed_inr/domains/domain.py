@@ -166,10 +166,6 @@ class Domain(ABC):
     max_resolution: ClassVar[int]
     """Of the largest rendering that the jobs write."""
 
-    def largest(self, suffix: str) -> int:
-        """The finest resolution that a file of that kind is written at."""
-        return self.max_resolution
-
     @property
     @abstractmethod
     def grid(self) -> tuple[int, ...]:

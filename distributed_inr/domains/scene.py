@@ -110,9 +110,6 @@ class Scene(Domain):
         if any(len(camera) != CAMERA_DIM for camera in self.cameras):
             raise ValueError(f"domain.cameras has cameras that are not {CAMERA_DIM} numbers; leave it empty")
 
-    def largest(self, suffix: str) -> int:
-        return scene_mesh.MAX_RESOLUTION if suffix in scene_mesh.SUFFIXES else self.max_resolution
-
     @property
     def grid(self) -> tuple[int, int, int]:
         return self.cells, self.cells, self.cells
@@ -347,6 +344,9 @@ class Scene(Domain):
         return self.file_options if suffix in scene_views.FILM_SUFFIXES else ()
 
     def check_file(self, suffix: str, resolution: int, *, frames: int | None = None, fps: float | None = None) -> None:
+        if suffix in scene_mesh.SUFFIXES and resolution > scene_mesh.MAX_RESOLUTION:
+            most = scene_mesh.MAX_RESOLUTION
+            raise ValueError(f"resolution={resolution} must lie in 1..{most} cells a side for {suffix} files; lower it")
         clips.check_rate(suffix, fps or self._rate(frames or self.orbit_views))
 
     def write(
@@ -360,8 +360,7 @@ class Scene(Domain):
             fps: frames a second of the film; None keeps the duration of `orbit_views` frames.
         """
         suffix = path.suffix.lower()
-        if resolution > (largest := self.largest(suffix)):
-            raise ValueError(f"resolution={resolution} must lie in 1..{largest} for {suffix} files; lower it")
+        self.check_file(suffix, resolution, frames=frames, fps=fps)
         if suffix in scene_mesh.SUFFIXES:
             scene_mesh.save(field, resolution, path, density=self.density, inside_sphere=self.bounds == "sphere")
         else:
