@@ -186,8 +186,14 @@ def test_a_growing_set_keeps_its_split(tmp_path: Path) -> None:
     [
         (Plan(split="text"), "--split text needs a caption for every item"),
         (Plan(split="given"), "--split given needs every item under train/"),
-        (Plan(split="fraction", val_fraction=1e-9), "--split fraction over 3 of them leaves val empty"),
-        (Plan(split="fraction", val_per_class=5), "--split fraction over 3 of them leaves train empty"),
+        (
+            Plan(split="fraction", val_fraction=1e-9),
+            r"--split fraction over 3 of them leaves val empty; raise --val-fraction 1e-09 \(one of them is 0.33\)",
+        ),
+        (
+            Plan(split="fraction", val_per_class=5),
+            "--split fraction over 3 of them leaves train empty; lower --val-fraction or --val-per-class, or",
+        ),
     ],
 )
 def test_splits_that_cannot_be_are_one_clear_line(tmp_path: Path, plan: Plan, message: str) -> None:
@@ -251,6 +257,15 @@ def test_other_settings_or_files_are_refused_and_leave_the_set_intact(tmp_path: 
     with pytest.raises(ValueError, match="holds a set made with source="):
         prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(val_fraction=0.3))
     assert files(tmp_path / "out") == before
+
+
+def test_a_folder_in_which_nothing_was_written_takes_other_settings(tmp_path: Path) -> None:
+    for i in range(3):
+        save_picture(tmp_path / "raw" / f"{i}.png", i)
+    with pytest.raises(ValueError, match="no samples were written"):
+        prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none", form=Form(size=4096)))
+    made = prepare_set(tmp_path / "raw", str(tmp_path / "out"), Plan(split="none", form=Form(size=8)))
+    assert made.parts["train"].num_samples == 3
 
 
 def test_a_folder_with_other_peoples_shards_is_refused(tmp_path: Path) -> None:

@@ -55,6 +55,21 @@ def test_a_surface_is_coloured_by_the_views_that_see_it():
     assert (points[inner, 5] > points[inner, 3]).mean() > 0.9
 
 
+@pytest.mark.parametrize("wrong", ["far away", "looked past", "other axes"])
+def test_views_that_do_not_bound_the_object_are_refused(wrong: str):
+    views, masks, cameras = ball_views(12)
+    own = cameras[:, :16].reshape(-1, 4, 4)  # a view of the cameras
+    if wrong == "far away":  # as in other units: all of the sphere is within the silhouettes
+        own[:, :3, 3] *= 30
+        masks = np.ones_like(masks) & (np.arange(64) > 1)
+    elif wrong == "looked past":
+        own[:, :3, 3] += 5 * own[:, :3, 0]
+    else:  # OpenCV's: they look away
+        own[:, :3, 1:3] *= -1
+    with pytest.raises(ValueError, match="100% of the unit sphere's rim is inside all silhouettes: the views do"):
+        visual_hull.carve(views, masks, cameras, 10)
+
+
 def test_what_no_silhouette_holds_is_no_hull():
     views, masks, cameras = ball_views(6)
     assert visual_hull.carve(views, np.zeros_like(masks), cameras, 10) is None

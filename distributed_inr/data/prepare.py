@@ -293,11 +293,10 @@ def _split(found: list[Item], plan: Plan) -> tuple[str, list[Part | None]]:
             classes[str(item.about.get("class"))].add(unit[split](item))
         held_out = {n for names in classes.values() for n in sorted(names, key=ranks.__getitem__)[: plan.val_per_class]}
     if not held_out or len(held_out) == len(ranks):
-        side = "val" if not held_out else "train"
-        raise ValueError(
-            f"--split {split} over {len(ranks)} of them leaves {side} empty; change --val-fraction {plan.val_fraction} "
-            "or use --val-per-class or --split none"
-        )
+        side, remedy = "train", "lower --val-fraction or --val-per-class"
+        if not held_out:
+            side, remedy = "val", f"raise --val-fraction {plan.val_fraction} (one of them is {1 / len(ranks):.2g})"
+        raise ValueError(f"--split {split} over {len(ranks)} of them leaves {side} empty; {remedy}, or --split none")
     return split, ["val" if unit[split](item) in held_out else "train" for item in found]
 
 
@@ -318,9 +317,10 @@ def _split_time(found: list[Item], plan: Plan) -> list[Part | None]:
             if place < held_out + gap and held_out:
                 sides[number] = "val" if place < held_out else None
     if "val" not in sides or "train" not in sides:
+        side = "train" if "val" in sides else "val"
         raise ValueError(
-            f"--split time over {len(found)} of them leaves {'train' if 'val' in sides else 'val'} empty; change "
-            f"--val-fraction {plan.val_fraction} or --val-gap {gap}"
+            f"--split time over {len(found)} of them leaves {side} empty; change --val-fraction {plan.val_fraction} "
+            f"(one of them is {1 / len(found):.2g}) or --val-gap {gap}, or --split none"
         )
     return sides
 
@@ -342,19 +342,20 @@ def _begin(out: str, protocol: Mapping[str, Any]) -> None:
     """Note what is being made, or refuse a folder in which something else was begun."""
     place = storage.join(out, _PLAN_NAME)
     content = storage.read_bytes(place)
-    if content is not None:
-        changed = config.differences(json.loads(content), protocol)
-        if changed:
-            path, (old, new) = next(iter(changed.items()))
-            raise ValueError(
-                f"{out} holds a set made with {path}={old!r}, now {new!r} ({len(changed)} differ: "
-                f"{', '.join(changed)}); choose another --out, or remove that folder first"
-            )
+    changed = {} if content is None else config.differences(json.loads(content), protocol)
+    if content is not None and not changed:
         return
     names = storage.list_files(out).keys() | {
         f"{part}/{name}" for part in ("train", "val") for name in storage.list_files(storage.join(out, part))
     }
-    if taken := sorted(name for name in names if name.endswith((".tar", "index.json"))):
+    taken = sorted(name for name in names if name.endswith((".tar", "index.json")))
+    if taken and changed:
+        path, (old, new) = next(iter(changed.items()))
+        raise ValueError(
+            f"{out} holds a set made with {path}={old!r}, now {new!r} ({len(changed)} differ: "
+            f"{', '.join(changed)}); choose another --out, or remove that folder first"
+        )
+    if taken:
         raise ValueError(f"{out} already holds {taken[0]}, not made by this command; choose another --out")
     try:
         if storage.is_local(out):

@@ -7,6 +7,8 @@ from scipy import ndimage
 CELLS = 64
 """Cells a side of the carved grid over [-1, 1]^3."""
 
+_RIM = 0.97
+"""Radius from which on cells lie at the sphere's rim, which objects touch in few places."""
 _HIDDEN_BY = 2.5
 """Cells by which a surface cell may lie behind the hull's first surface and still count as seen."""
 
@@ -21,14 +23,22 @@ def carve(
 
     A cell stays if every view that has it in its frame has it in its silhouette. The hull contains the object: what no
     silhouette shows, such as a bowl's inside, is filled.
+
+    Raises ValueError where most of the sphere's rim is left: its views do not bound the object.
     """
     centres = (np.arange(CELLS) * 2 + 1) / CELLS - 1
     x, y, z = np.meshgrid(centres, centres, centres, indexing="ij")
     cells = np.stack([x, y, z], axis=-1).reshape(-1, 3)
-    kept: np.ndarray = np.linalg.norm(cells, axis=1) <= 1
+    radius = np.linalg.norm(cells, axis=1)
+    kept: np.ndarray = radius <= 1
     for mask, camera in zip(masks, cameras, strict=True):
         pixel, _, is_seen = project(cells, camera, mask.shape[0])
         kept &= np.logical_not(is_seen) | mask.reshape(-1)[pixel]
+    if (share := kept[(radius > _RIM) & (radius <= 1)].mean()) > 0.5:
+        raise ValueError(
+            f"no file of points, and {share:.0%} of the unit sphere's rim is inside all silhouettes: the views do not "
+            "bound the object; check --scale, the poses' axes, and where the object lies (--fit cameras)"
+        )
     solid = kept.reshape(CELLS, CELLS, CELLS)
     surface = (solid & np.logical_not(ndimage.binary_erosion(solid))).reshape(-1)
     if not surface.any():
