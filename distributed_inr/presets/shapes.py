@@ -146,7 +146,7 @@ def chinr_furniture_shape() -> Experiment:
         autoencoder_training=replace(
             images.autoencoder_training, num_samples=autoencoder_samples, checkpoint_every_samples=5_000
         ),
-        prior_training=replace(images.prior_training, num_samples=120_000),
+        prior_training=replace(images.prior_training, num_samples=60_000),
         evaluation=Evaluation(num_samples=64, surface_points=512),
     )
 
