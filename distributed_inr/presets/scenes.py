@@ -28,7 +28,7 @@ def ddmi_furniture_scene() -> Experiment:
     Two cores: 10 minutes, with 40,000 samples of the prior. 20.9 dB on views kept back of training objects (their
     nearest training view: 13.7), 18.6 on held-out objects.
     """
-    autoencoder_samples, prior_samples = 5_000, 30_000
+    autoencoder_samples, prior_samples = 5_000, 16_000
     quick = ddmi.furniture_image()
     return replace(
         quick,

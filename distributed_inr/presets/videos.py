@@ -26,7 +26,7 @@ def ddmi_concert() -> Experiment:
 
     Held out 24.6 dB (mean frame: 22.9 dB, first frame: 20.0 dB).
     """
-    autoencoder_samples, prior_samples = 5_600, 40_000
+    autoencoder_samples, prior_samples = 5_600, 24_000
     quick = ddmi.furniture_image()
     return replace(
         quick,
