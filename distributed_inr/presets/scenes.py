@@ -25,8 +25,8 @@ def ddmi_furniture_scene() -> Experiment:
 
     python jobs/train_ddmi.py furniture-scene
 
-    Two cores: 10 minutes, with 40,000 samples of the prior. 20.9 dB on views kept back of training objects (their
-    nearest training view: 13.7), 18.6 on held-out objects.
+    Two cores: 10 minutes. 20.9 dB on views kept back of training objects (their nearest training view: 13.7), 18.6 on
+    held-out objects.
     """
     autoencoder_samples, prior_samples = 5_000, 16_000
     quick = ddmi.furniture_image()

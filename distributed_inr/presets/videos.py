@@ -24,7 +24,7 @@ def ddmi_concert() -> Experiment:
 
     python jobs/train_ddmi.py concert
 
-    Held out 24.6 dB (mean frame: 22.9 dB, first frame: 20.0 dB).
+    Two cores: 9 minutes. Held out 24.6 dB (mean frame: 22.9 dB, first frame: 20.0 dB).
     """
     autoencoder_samples, prior_samples = 5_600, 24_000
     quick = ddmi.furniture_image()
@@ -119,7 +119,7 @@ def chinr_concert() -> Experiment:
 
     python jobs/train_chinr.py concert
 
-    Held out 19.8 dB: blurred, and below the mean frame's 22.9 dB (LOG.md).
+    Two cores: 6 minutes. Held out 19.8 dB: blurred, and below the mean frame's 22.9 dB (LOG.md).
     """
     autoencoder_samples, prior_samples = 12_000, 60_000
     images = chinr.furniture_image()
