@@ -53,22 +53,26 @@ def override(value: C, changes: Mapping[str, Any]) -> C:
     """A copy of `value` with dotted fields replaced and everything validated again.
 
     Setting `x.kind` of a union field switches to that variant with its own defaults; fields that both variants have
-    keep their values only if they are set in `changes` too. Strings are converted to the field's type, as on the
-    command line.
+    keep their values only if they are set in `changes` too. Where x may be none, kind none makes it so. Strings are
+    converted to the field's type, as on the command line.
     """
     tree = to_dict(value)
     flat = leaves(type(value), value)
     switched: list[dict[str, Any]] = []  # these hold only what is set in `changes`; validation knows their fields
     for path in sorted(changes, key=lambda path: (not path.endswith(".kind"), path.count("."), path)):
         *parents, name = path.split(".")
-        node = tree
+        node, above = tree, tree
         for parent in parents:
-            if parent not in node and any(node is other for other in switched):
+            absent = name == "kind" and path in flat and node.get(parent) is None  # a union that was none
+            if absent or (parent not in node and any(node is other for other in switched)):
                 switched.append({})
                 node[parent] = switched[-1]
-            node = node.get(parent)
+            above, node = node, node.get(parent)
             if not isinstance(node, dict):
                 raise ValueError(_unknown("field", path, flat))
+        if name == "kind" and changes[path] is None:
+            above[parents[-1]] = None
+            continue
         if name == "kind" and node.get("kind") != changes[path]:
             node.clear()
             switched.append(node)
@@ -91,14 +95,21 @@ def leaves(cls: type, value: Any, prefix: str = "") -> dict[str, tuple[Any, Any,
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         current, path = getattr(value, field.name), f"{prefix}{field.name}"
+        optional = type(None) in typing.get_args(hints[field.name])
+        variants = _variants(hints[field.name])
         if dataclasses.is_dataclass(current):
             found |= leaves(type(current), current, f"{path}.")
-            if variants := _variants(hints[field.name]):
+            if variants:
                 text = (
                     f"One of {', '.join(variants)}; another starts from its defaults: give it with --help to see them."
                 )
                 text = f"{variants[0]} is the only one." if len(variants) == 1 else text
-                found[f"{path}.kind"] = (str, found[f"{path}.kind"][1], text)
+                text += " none: without." if optional else ""
+                found[f"{path}.kind"] = (str | None if optional else str, found[f"{path}.kind"][1], text)
+        elif variants:
+            text = cls.__pydantic_fields__[field.name].description or ""
+            text += f" One of {', '.join(variants)}: give it with --help to see its options."
+            found[f"{path}.kind"] = (str | None, None, text)
         else:
             found[path] = (hints[field.name], current, cls.__pydantic_fields__[field.name].description or "")
     return found
@@ -117,7 +128,7 @@ def parse(argv: Sequence[str], presets: Mapping[str, Callable[[], C]], *, defaul
     kinds = {
         flag[2:].replace("-", "_"): kind for flag, kind in zip(argv, argv[1:], strict=False) if flag.endswith(".kind")
     }
-    value = override(value, kinds)
+    value = override(value, {path: kind for path, kind in kinds.items() if kind != "none"})
 
     fields = leaves(type(value), value)
     parser = Parser(
@@ -206,10 +217,12 @@ def _variants(hint: Any) -> list[str]:
     """The `kind` tags of a union of configs."""
     if typing.get_origin(hint) is typing.Annotated:
         hint = typing.get_args(hint)[0]
-    members = (
-        typing.get_args(hint) if isinstance(hint, UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
-    )
-    return [typing.get_args(typing.get_type_hints(m)["kind"])[0] for m in members if "kind" in typing.get_type_hints(m)]
+    if isinstance(hint, UnionType) or typing.get_origin(hint) is typing.Union:
+        return [tag for member in typing.get_args(hint) for tag in _variants(member)]
+    if not dataclasses.is_dataclass(hint):
+        return []
+    hints = typing.get_type_hints(hint)
+    return [typing.get_args(hints["kind"])[0]] if "kind" in hints else []
 
 
 def _metavar(hint: Any) -> str:

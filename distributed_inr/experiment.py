@@ -16,10 +16,13 @@ from distributed_inr.domains import AnyDomain
 from distributed_inr.models import AnyAutoencoder, AnyPrior, LayersOfExperts
 from distributed_inr.models.latent_fitting import AutoDecoding
 from distributed_inr.models.noising import Sampler
+from distributed_inr.models.text import AnyTextEncoder
 from distributed_inr.training.engine import Scale
 from distributed_inr.training.loop import Training
 
 DEFAULT_OUTPUT = "./runs"
+
+_Part = Annotated[float, pydantic.Field(ge=0, le=1)]
 
 
 @config
@@ -34,6 +37,17 @@ class Sampling:
     """Network evaluations a sample."""
     batch_size: Annotated[int, pydantic.Field(gt=0)] = 64
     """Samples drawn together; changes the memory needed, not the result."""
+    guidance: Annotated[float, pydantic.Field(ge=0)] = 3.0
+    """Guidance scale w of samples with a prompt: 1 follows it as training did, more exaggerates it, 0 leaves it out."""
+    guidance_interval: tuple[_Part, _Part] = (0.0, 1.0)
+    """Of the noising chain, from 0 (clean) to 1, where there is guidance; elsewhere w = 1."""
+    guidance_rescale: _Part = 0.0
+    """How far the deviation of the guided prediction is brought back to that of the conditional one; 0.7 is usual."""
+
+    def __post_init__(self) -> None:
+        first, last = self.guidance_interval
+        if first > last:
+            raise ValueError(f"sampling.guidance_interval={first} {last} must rise; try {last} {first}")
 
 
 @config
@@ -76,6 +90,10 @@ class Experiment:
     autoencoder_from: str | None = None
     """Run folder whose trained autoencoder and latents are used, by links to them; `autoencoder_training` is then not.
     none: trained here."""
+    text: AnyTextEncoder | None = None
+    """What embeds captions, which the prior is then conditioned on. none: without text."""
+    text_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.1
+    """Share of the prior's training samples whose caption is replaced by the empty prompt, which guidance needs."""
     prior: AnyPrior
     """Distribution over latents."""
     autoencoder_training: Training
@@ -146,7 +164,8 @@ class Experiment:
 
     def settle(self, num_signals: int, protocol: Mapping[str, Any] = MappingProxyType({})) -> "Experiment":
         """With what depends on the training set, by its size or its protocol, set if it was left open."""
-        return replace(self, prior=self.prior.settle(num_signals), domain=self.domain.settle(protocol))
+        text_dim = None if self.text is None else self.text.width
+        return replace(self, prior=self.prior.settle(num_signals, text_dim), domain=self.domain.settle(protocol))
 
     @property
     def bank(self) -> AutoDecoding | None:

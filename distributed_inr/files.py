@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from distributed_inr.experiment import DEFAULT_OUTPUT
 from distributed_inr.field import Field
 from distributed_inr.generation import FieldModel, load
 from distributed_inr.models.noising import Sampler
+from distributed_inr.models.text import one_line
 from distributed_inr.sheets import fit, in_rows, sheet, titled
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,12 @@ def sample_files(
     model: FieldModel,
     out: Path | None = None,
     *,
-    count: int = 16,
+    count: int | None = None,
+    text: Sequence[str] | None = None,
+    negative_text: str | None = None,
+    guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    guidance_rescale: float | None = None,
     resolution: int | None = None,
     seed: int = 0,
     steps: int | None = None,
@@ -48,6 +55,9 @@ def sample_files(
 
     Args:
         out: None takes `samples` inside the run folder, or in the working directory where the run is read-only.
+        count: None takes 16; with text 8, of each prompt.
+        text: prompts: a row of the sheet for each, and a .json beside it that says each file's. The options of
+            guidance as for `FieldModel.sample`.
         resolution: in the domain's `unit`; None takes its base resolution.
         fix_layers: of each sample, hold the latents of so many first layers and draw the others anew, `branches` times:
             a row of the sheet for each sample, itself first. A .json beside the sheet says each one's seed.
@@ -63,13 +73,30 @@ def sample_files(
     branches = 4 if branches is None else branches
     if fix_layers is not None:
         model.branching_prior(fix_layers, branches)
-    latents = model.sample_latents(count, seed=seed, steps=steps, sampler=sampler)
-    seeds, columns = seeds_for(seed, count), None
+    guide = model.guide(
+        text,
+        negative_text=negative_text,
+        guidance=guidance,
+        guidance_interval=guidance_interval,
+        guidance_rescale=guidance_rescale,
+    )
+    if count is None:
+        count = 16 if text is None else 8
+    latents = model.sample_latents(count, guide=guide, seed=seed, steps=steps, sampler=sampler)
+    seeds, columns = seeds_for(seed, len(latents)), None if text is None else count
+    prompts = [one_line(prompt) for prompt in text or [] for _ in range(count)]
     if fix_layers is not None:
         columns = 1 + branches
         drawn, own = model.sample_branches(
-            latents, seeds, fix_layers=fix_layers, branches=branches, steps=steps, sampler=sampler
+            latents,
+            seeds,
+            fix_layers=fix_layers,
+            branches=branches,
+            guide=None if guide is None else guide.rows(torch.arange(len(latents)) // count),
+            steps=steps,
+            sampler=sampler,
         )
+        prompts = [prompt for prompt in prompts for _ in range(columns)]
         latents = torch.cat([latents[:, None], drawn], dim=1).flatten(0, 1)
         seeds = torch.cat([seeds[:, None], own], dim=1).flatten()
     out = make_folder(out or default_folder(model.folder, "samples"))
@@ -78,10 +105,12 @@ def sample_files(
     stem, digits = f"seed{seed}{held}-{resolution}{domain.unit}", max(3, len(str(len(latents) - 1)))
     row = columns or 1
     most = _SHEET_PICTURES // row * row or row
-    title = f"the first {most // row} of {count} samples" if len(latents) > most else ""
+    what = "samples" if text is None or fix_layers is not None else "prompts"
+    title = f"the first {most // row} of {len(latents) // row} {what}" if len(latents) > most else ""
     paths, shown = [], []
-    for latent in latents:
-        paths.append(out / f"{stem}-{len(paths):0{digits}d}{suffix}")
+    for index, latent in enumerate(latents):
+        about = f"-{slug}" if prompts and (slug := _slug(prompts[index])) else ""
+        paths.append(out / f"{stem}-{index:0{digits}d}{about}{suffix}")
         rendered = _write(model.decode(latent[None]), resolution, paths[-1], options)
         if len(shown) < most:
             shown.append(fit(domain.pictures(rendered)[0], min(_SHEET_CELL, max(resolution, 128))))
@@ -89,23 +118,26 @@ def sample_files(
         paths.append(out / f"{stem}-sheet.png")
         sheet(in_rows(shown), title=title).save(paths[-1])
         return [path for path in paths if path.exists()]
-    nodes = [
-        {
-            "file": path.name,
-            "seed": int(own),
-            "sample": i // columns,
-            "branch": i % columns - 1 if i % columns else None,
-        }
-        for i, (path, own) in enumerate(zip(paths, seeds, strict=True))
+    nodes: list[dict[str, Any]] = [
+        {"file": path.name, "seed": int(own)} for path, own in zip(paths, seeds, strict=True)
     ]
+    for node, prompt in zip(nodes, prompts, strict=False):
+        node["prompt"] = prompt
+    record: dict[str, Any] = {"nodes": nodes}
+    titles = None
+    if fix_layers is not None:
+        for i, node in enumerate(nodes):
+            node |= {"sample": i // columns, "branch": i % columns - 1 if i % columns else None}
+        record = {"fix_layers": fix_layers} | record
+        titles = ["sample", *[f"branch {j}" for j in range(branches)]]
+        along = f"the first {fix_layers} of {model.autoencoder.latent_shape[0]} layers held along each row"
+        title = f"{along}; {title}" if title else along
     paths.append(out / f"{stem}-seeds.json")
-    paths[-1].write_text(json.dumps({"fix_layers": fix_layers, "nodes": nodes}, indent=1) + "\n")
+    paths[-1].write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
-    titles = ["sample", *[f"branch {j}" for j in range(branches)]]
-    along = f"the first {fix_layers} of {model.autoencoder.latent_shape[0]} layers held along each row"
-    title = f"{along}; {title}" if title else along
+    row_titles = [titled(prompts[i * columns] or "(empty)") for i in range(len(rows))] if prompts else None
     paths.append(out / f"{stem}-sheet.png")
-    sheet(rows, column_titles=titles[: len(rows[0])], title=title).save(paths[-1])
+    sheet(rows, row_titles=row_titles, column_titles=titles, title=title).save(paths[-1])
     return [path for path in paths if path.exists()]
 
 
@@ -165,8 +197,15 @@ def export(run: str | Path, out: Path) -> None:
         (make_folder(out / name) / "model.safetensors").write_bytes(serialise(weights))  # with the user's own mode
     experiment = replace(model.experiment, output=DEFAULT_OUTPUT, autoencoder=model.autoencoder.cfg)
     (out / "config.json").write_text(to_json(experiment) + "\n")
+    if model.texts is not None:  # what samples without a prompt need, and which encoder embeds those with one
+        model.texts.excerpt(make_folder(out / "text"), [""])
     for path in [*model.folder.glob("*.png"), *model.folder.glob("report.md"), *model.folder.glob("evaluation.json")]:
         shutil.copyfile(path, out / path.name)
+
+
+def _slug(prompt: str) -> str:
+    """What of a prompt a file's name can say."""
+    return "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:40].strip("-")
 
 
 def default_folder(run: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
     model = load("runs/ddmi/furniture-image")
     fields = model.sample(4, seed=0)             # four functions
+    fields = model.sample(4, text="a round table", guidance=3.0)      # of a run with text
     fields = model.encode("chair.png")           # one's own picture as a function
     fields.render(resolution=256)
 
@@ -19,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distributed_inr.config import from_json
+from distributed_inr.config import from_json, override
+from distributed_inr.data.text_table import TextTable, identity
 from distributed_inr.domains import AnyDomain, Signal
 from distributed_inr.domains.domain import seeds_for
 from distributed_inr.experiment import Experiment
@@ -27,6 +29,8 @@ from distributed_inr.field import Field
 from distributed_inr.models import FieldAutoencoder, LatentPrior
 from distributed_inr.models.hierarchical_diffusion import HierarchicalDiffusionModel
 from distributed_inr.models.noising import Sampler
+from distributed_inr.models.text import load_encoder, one_line
+from distributed_inr.models.text_conditioning import Guidance, TextCondition
 from distributed_inr.randomness import sample_seed
 
 
@@ -36,6 +40,7 @@ class FieldModel:
 
     Attributes:
         prior: None while a run has only its autoencoder; such a model encodes but does not sample.
+        texts: of a run with text, the embeddings of its captions.
     """
 
     experiment: Experiment
@@ -43,6 +48,7 @@ class FieldModel:
     autoencoder: FieldAutoencoder
     prior: LatentPrior | None
     device: torch.device
+    texts: TextTable | None = None
 
     @property
     def domain(self) -> AnyDomain:
@@ -50,36 +56,135 @@ class FieldModel:
 
     def sample(
         self,
-        count: int,
+        count: int = 1,
         *,
+        text: str | Sequence[str] | None = None,
+        negative_text: str | None = None,
+        guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float | None = None,
         seed: int = 0,
         start: int = 0,
         steps: int | None = None,
         sampler: Sampler | None = None,
     ) -> Field:
-        """Draw functions. The i-th depends on (seed, start + i) only: large numbers can be drawn piece by piece.
+        """Draw functions. The i-th depends on (seed, start + i), and its prompt, only: large numbers can be drawn piece
+        by piece.
 
         Args:
-            steps: network evaluations a sample; None takes the run's own, as for `sampler`.
+            count: how many; with text, of each prompt: those of the first prompt come first.
+            text: prompts, of a run with text; None, like the empty prompt, draws whatever there is.
+            negative_text: what samples are to be unlike; None is the empty prompt.
+            guidance: scale w of classifier-free guidance, e(negative) + w (e(text) - e(negative)); None takes the run's
+                own, as for all that follow. 1 follows the prompt as training did, 0 leaves it out.
+            guidance_interval: of the noising chain, from 0 (clean) to 1, where there is guidance.
+            guidance_rescale: in [0, 1], how far guided predictions keep the deviation of unguided ones.
+            steps: network evaluations a sample.
         """
-        return self.decode(self.sample_latents(count, seed=seed, start=start, steps=steps, sampler=sampler))
+        guide = self.guide(
+            text,
+            negative_text=negative_text,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+        )
+        return self.decode(
+            self.sample_latents(count, guide=guide, seed=seed, start=start, steps=steps, sampler=sampler)
+        )
 
     @torch.no_grad()
     def sample_latents(
         self,
-        count: int,
+        count: int = 1,
         *,
+        guide: Guidance | None = None,
         seed: int = 0,
         start: int = 0,
         steps: int | None = None,
         sampler: Sampler | None = None,
-    ) -> Float[Tensor, "count *latent_shape"]:
-        """The latents of `sample`, drawn `sampling.batch_size` at a time."""
+    ) -> Float[Tensor, "drawn *latent_shape"]:
+        """The latents of `sample`, drawn `sampling.batch_size` at a time.
+
+        Args:
+            guide: what `guide` gives of the prompts; None is the empty prompt, in a run with text.
+        """
         if count < 1:
             raise ValueError(f"count={count} must be at least 1")
         prior, settings = self.trained_prior, self.sampling_settings(steps, sampler)
-        seeds = seeds_for(seed, count, start).split(self.experiment.sampling.batch_size)
-        return torch.cat([prior.sample(part.to(self.device), **settings) for part in seeds])
+        seeds = seeds_for(seed, count * (1 if guide is None else len(guide)), start)
+        parts = []
+        for rows in torch.arange(len(seeds)).split(self.experiment.sampling.batch_size):
+            if guide is not None:
+                settings["guidance"] = guide.rows(rows // count).to(self.device)
+            parts.append(prior.sample(seeds[rows].to(self.device), **settings))
+        return torch.cat(parts)
+
+    def guide(
+        self,
+        text: str | Sequence[str] | None = None,
+        *,
+        negative_text: str | None = None,
+        guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float | None = None,
+    ) -> Guidance | None:
+        """Prompts as what samples are guided towards, one row for each; None of a run without text.
+
+        Raises ValueError where there is nothing to guide, or a number lies outside its range. Arguments as for
+        `sample`.
+        """
+        given = {"text": text, "negative_text": negative_text, "guidance": guidance}
+        given |= {"guidance_interval": guidance_interval, "guidance_rescale": guidance_rescale}
+        named = [f"{name}={value!r}" for name, value in given.items() if value is not None]
+        if self.experiment.text is None:
+            if named:
+                raise ValueError(
+                    f"{named[0]}: {self.folder} was trained without text; leave it out, or give a run of a preset with "
+                    "text, such as furniture-shape-text"
+                )
+            return None
+        if text is None and named:
+            raise ValueError(f"{named[0]} has no prompt that it could guide towards; give text, or leave it out")
+        prompts = [text] if isinstance(text, str) else [""] if text is None else list(text)
+        if not prompts:
+            raise ValueError("text=[] holds no prompt; give one or more, or leave it out")
+        own = {name: value for name, value in given.items() if value is not None and name.startswith("guidance")}
+        settings = override(self.experiment, {f"sampling.{name}": value for name, value in own.items()}).sampling
+        embedded = self.embed([*prompts, negative_text or ""])
+        last = torch.full((len(prompts),), len(prompts))
+        return Guidance(
+            embedded.rows(slice(len(prompts))),
+            embedded.rows(last),
+            scale=settings.guidance if text is not None else 1.0,
+            interval=settings.guidance_interval,
+            rescale=settings.guidance_rescale,
+        )
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str]) -> TextCondition:
+        """Prompts as the run's text encoder embeds them: from the table of its captions, and by the encoder, which is
+        loaded for them, where they are not in there.
+
+        Raises ValueError where the encoder is not the one that the prior was trained with.
+        """
+        cfg, table = self.experiment.text, self.texts
+        assert cfg is not None
+        if table is None:
+            raise ValueError(f"{self.folder}/text/table.json does not exist: {_UNFINISHED}")
+        prompts = [one_line(prompt) for prompt in prompts]
+        others = [prompt for prompt in dict.fromkeys(prompts) if prompt not in table]
+        known = {prompt: table.tokens(prompt) for prompt in prompts if prompt in table}
+        if others:
+            encoder = load_encoder(cfg, self.device)
+            if encoder.sha256 != table.sha256:
+                raise ValueError(
+                    f"{self.folder} was trained with text embedded by {table.identity}, and text.kind={cfg.kind} now "
+                    f"loads {identity(encoder.name, encoder.sha256)}; bring those weights back"
+                )
+            found = encoder(others)
+            for prompt, tokens, mask in zip(others, found.tokens, found.mask, strict=True):
+                known[prompt] = tokens[mask].half().float().cpu()  # as the table has them
+        return TextCondition.of_rows([known[prompt] for prompt in prompts])
 
     @torch.no_grad()
     def sample_branches(
@@ -89,6 +194,7 @@ class FieldModel:
         *,
         fix_layers: int,
         branches: int,
+        guide: Guidance | None = None,
         steps: int | None = None,
         sampler: Sampler | None = None,
     ) -> tuple[Float[Tensor, "count branches layers latent_dim"], Int64[Tensor, "count branches"]]:
@@ -99,15 +205,17 @@ class FieldModel:
 
         Args:
             seeds: of the latents, which the branches' own are made from (`seeds_for` for those of `sample_latents`).
+            guide: a prompt for each latent, which the other layers are drawn under; None is the empty prompt, in a run
+                with text.
         """
         prior, settings = self.branching_prior(fix_layers, branches), self.sampling_settings(steps, sampler)
         own = torch.tensor([[sample_seed(int(seed), j) for j in range(branches)] for seed in seeds])
-        held = latents[:, :fix_layers].repeat_interleave(branches, dim=0)
-        size = self.experiment.sampling.batch_size
-        parts = [
-            prior.sample(part.to(self.device), prefix=prefix, **settings)
-            for part, prefix in zip(own.flatten().split(size), held.split(size), strict=True)
-        ]
+        parts = []
+        for rows in torch.arange(own.numel()).split(self.experiment.sampling.batch_size):
+            held = latents[rows // branches, :fix_layers]
+            if guide is not None:
+                settings["guidance"] = guide.rows(rows // branches).to(self.device)
+            parts.append(prior.sample(own.flatten()[rows].to(self.device), prefix=held, **settings))
         return torch.cat(parts).unflatten(0, own.shape), own
 
     def branching_prior(self, fix_layers: int, branches: int) -> HierarchicalDiffusionModel:
@@ -133,9 +241,13 @@ class FieldModel:
         return self.prior
 
     def sampling_settings(self, steps: int | None, sampler: Sampler | None) -> dict[str, Any]:
-        """How `prior.sample` is told to draw; None takes the run's own."""
-        sampling = self.experiment.sampling
-        return {"steps": sampling.steps if steps is None else steps, "sampler": sampler or sampling.sampler}
+        """How `prior.sample` is told to draw, without a prompt; None takes the run's own."""
+        sampling, guide = self.experiment.sampling, self.guide()
+        return {
+            "steps": sampling.steps if steps is None else steps,
+            "sampler": sampler or sampling.sampler,
+            "guidance": None if guide is None else guide.to(self.device),
+        }
 
     @torch.no_grad()
     def encode(self, source: str | Path | Sequence[str | Path] | Signal) -> Field:
@@ -169,7 +281,10 @@ def load(run: str | Path, *, device: str | torch.device | None = None) -> FieldM
         prior = experiment.prior.build(autoencoder.latent_shape)
         load_weights(prior, folder / "prior" / "model.safetensors")
         prior = prior.to(device)
-    return FieldModel(experiment, folder, autoencoder.to(device).for_sampling(), prior, device)
+    texts = None
+    if experiment.text is not None and (folder / "text" / "table.json").exists():
+        texts = TextTable.open(folder / "text")
+    return FieldModel(experiment, folder, autoencoder.to(device).for_sampling(), prior, device, texts)
 
 
 def read_experiment(folder: Path) -> Experiment:

@@ -1,4 +1,4 @@
-"""A run from data to evaluation: fit the autoencoder -> write latents -> fit the prior -> evaluate.
+"""A run from data to evaluation: fit the autoencoder -> write latents (-> embed captions) -> fit the prior -> evaluate.
 
 Each stage keeps a `stage.json`: the options and inputs that its output depends on, marked complete last. A complete
 stage is skipped; a stage begun with other options is refused. How fast and how often things are done (`scale`, batch
@@ -21,6 +21,7 @@ from distributed_inr.console import signals
 from distributed_inr.data import storage
 from distributed_inr.data.reader import ShardDataset, read_latent
 from distributed_inr.data.shards import ShardIndex
+from distributed_inr.data.text_table import TextTable, identity, read_captioned_latent
 from distributed_inr.evaluation import evaluate
 from distributed_inr.experiment import Experiment
 from distributed_inr.generation import read_experiment
@@ -36,6 +37,7 @@ from distributed_inr.run_folder import (
     settle_output,
     write_text,
 )
+from distributed_inr.texts import write_texts
 from distributed_inr.training import checkpoint, ledger
 from distributed_inr.training.bank import MAPPED_ABOVE, Bank, num_bytes
 from distributed_inr.training.checkpoint_reader import BANK
@@ -54,7 +56,7 @@ _ORDER = ("num_streams", "shuffle_shards")
 _MODEL = "model.safetensors"
 
 
-StageName = Literal["autoencoder", "latents", "prior", "evaluation"]
+StageName = Literal["autoencoder", "latents", "text", "prior", "evaluation"]
 STAGES: tuple[StageName, ...] = typing.get_args(StageName)
 
 
@@ -92,7 +94,7 @@ def run(
         stack.enter_context(locked(folder))
         if experiment.autoencoder_from is not None:
             link_autoencoder(experiment, shared=shared)
-        fit, encode, fit_prior, evaluation = _stages(experiment)
+        fit, encode, embed, fit_prior, evaluation = _stages(experiment)
         for stage in (fit, encode, fit_prior):
             stage.refuse_other_options()
         _refuse_other_checkpoints(experiment)
@@ -106,7 +108,7 @@ def run(
             encode.folder: latents.num_bytes,
             fit_prior.folder: training_bytes(prior, experiment.prior_training, elsewhere=elsewhere),
         }
-        own = [stage for stage in stages if experiment.autoencoder_from is None or stage == "prior"]
+        own = [stage for stage in stages if experiment.autoencoder_from is None or stage in ("text", "prior")]
         check_space(folder, {part: size for part, size in needed.items() if part.name in own})
         write_text(folder / "config.json", to_json(experiment) + "\n")
 
@@ -127,10 +129,24 @@ def run(
                 place.run(work, title="latents", folder=encode.folder)
                 encode.finish(inputs)
 
+        if "text" in stages and experiment.text is not None:
+            inputs = {"train": train_index.fingerprint, "val": val_index.fingerprint if val_index else ""}
+            if (weights := experiment.text.local_sha256) is not None:
+                inputs["weights"] = weights
+                _refuse_other_encoder(fit_prior, identity(experiment.text.label, weights))
+            if not embed.is_current(inputs):
+                embed.begin(inputs)
+                work = functools.partial(write_texts, experiment=experiment, stage=embed)
+                place.run(work, title="text", folder=embed.folder, num_workers=1)
+                embed.finish(inputs)
+
         if "prior" in stages:
             written = experiment.data.index(str(encode.folder))
             refuse_foreign_latents(written, encode.folder, fit.folder / _MODEL)
             inputs = {"latents": written.fingerprint}
+            if experiment.text is not None:
+                inputs["encoder"] = TextTable.open(embed.folder).identity
+                _refuse_other_encoder(fit_prior, inputs["encoder"])
             if not fit_prior.is_complete(inputs):
                 fit_prior.begin(inputs)
                 work = functools.partial(
@@ -143,6 +159,8 @@ def run(
             models = [name for name in ("autoencoder", "prior") if name in stages]
             inputs = {name: storage.sha256_of(folder / name / _MODEL) for name in models}
             inputs["val"] = val_index.fingerprint if val_index else ""
+            if "prior" in stages and experiment.text is not None:
+                inputs["text"] = TextTable.open(embed.folder).fingerprint
             if not evaluation.is_current(inputs):
                 evaluation.begin(inputs)
                 work = functools.partial(evaluate_run, experiment=experiment, stage=evaluation)
@@ -154,7 +172,18 @@ def run(
     return {"run": folder} | models | {name: folder / name for name in names if (folder / name).exists()}
 
 
-def _stages(experiment: Experiment) -> tuple[Stage, Stage, Stage, Stage]:
+def _refuse_other_encoder(fit_prior: Stage, encoder: str) -> None:
+    """A prior understands the embeddings of one text encoder alone."""
+    trained_with = fit_prior.made_from.get("encoder")
+    if trained_with not in (None, encoder):
+        raise ValueError(
+            f"{fit_prior.folder} was trained on captions embedded by {trained_with}, and `text` is {encoder}: bring "
+            f"that one back, choose another --name (with --autoencoder-from {fit_prior.folder.parent}), or delete "
+            f"{fit_prior.folder} to train it again"
+        )
+
+
+def _stages(experiment: Experiment) -> tuple[Stage, Stage, Stage, Stage, Stage]:
     """The stages' folders, each with the options that what it holds depends on."""
     tree, folder, accepted = to_dict(experiment), experiment.folder, experiment.data.accept_changed
     place: dict[str, Any] = {"data": {name: tree["data"][name] for name in _ORDER}}
@@ -170,10 +199,13 @@ def _stages(experiment: Experiment) -> tuple[Stage, Stage, Stage, Stage]:
         fit = {name: fit[name] if name in ("domain", "autoencoder") else value for name, value in there.items()}
     fit_prior = {name: tree[name] for name in ("seed", "prior")} | place
     fit_prior |= {"prior_training": _lasting(tree["prior_training"])}
+    if experiment.text is not None:
+        fit_prior |= {name: tree[name] for name in ("text", "text_dropout")}
     evaluation = {name: _lasting(tree[name]) for name in ("sampling", "evaluation")} | {"seed": tree["seed"]}
     return (
         Stage(folder / "autoencoder", fit, accept_changed=accepted),
         Stage(folder / "latents", {"domain": tree["domain"]}, accept_changed=accepted),
+        Stage(folder / "text", {"text": tree["text"]}),
         Stage(folder / "prior", fit_prior, accept_changed=accepted),
         Stage(folder / "evaluation", evaluation),
     )
@@ -183,7 +215,7 @@ def _refuse_other_checkpoints(experiment: Experiment) -> None:
     """Where checkpoints lie apart from the run folder, those of another run of that name must not be gone on from."""
     if experiment.checkpoints is None:
         return
-    fit, _, fit_prior, _ = _stages(experiment)
+    fit, _, _, fit_prior, _ = _stages(experiment)
     for stage in (fit, fit_prior):
         place = experiment.checkpoints_of(stage.folder.name)
         text = checkpoint.read_config(place)
@@ -305,7 +337,11 @@ def _train(
 
 
 def _latent_dataset(experiment: Experiment, latents: Path) -> ShardDataset:
-    return experiment.data.dataset(experiment.data.index(str(latents)), read=read_latent, seed=experiment.seed)
+    read = read_latent
+    if experiment.text is not None:
+        texts = TextTable.open(latents.parent / "text")
+        read = functools.partial(read_captioned_latent, texts=texts, dropout=experiment.text_dropout)
+    return experiment.data.dataset(experiment.data.index(str(latents)), read=read, seed=experiment.seed)
 
 
 def indexes(experiment: Experiment) -> tuple[ShardIndex, ShardIndex | None]:

@@ -23,6 +23,7 @@ from distributed_inr.latents import LatentShards
 from distributed_inr.models import D2CVAE, AnyAutoencoder, AnyPrior, FieldAutoencoder, LayersOfExperts
 from distributed_inr.models.latent_fitting import AutoDecoding
 from distributed_inr.models.perceptual import load_network
+from distributed_inr.models.text import AnyTextEncoder
 from distributed_inr.needs import GIB, Device, Memory, Plan, Reading, TrainingPlan
 from distributed_inr.pipeline import bank_bytes, checkpoint_bytes, indexes, training_bytes
 from distributed_inr.presets import PRESETS
@@ -179,6 +180,7 @@ def _training(
     fullest = _fullest(
         experiment.autoencoder,
         experiment.prior if name == "prior" else None,
+        experiment.text,
         experiment.domain,
         micro_batch_size,
         Scale(precision=scale.precision, activation_checkpointing=scale.activation_checkpointing),
@@ -219,6 +221,7 @@ def _training(
 def _fullest(
     autoencoder: AnyAutoencoder,
     prior: AnyPrior | None,
+    text: AnyTextEncoder | None,
     domain: AnyDomain,
     size: int,
     scale: Scale,
@@ -237,17 +240,26 @@ def _fullest(
         return autoencoder.build(domain) if prior is None else prior.build(model.latent_shape)
 
     def signals() -> Signal:
-        return make_signals(model, size, for_prior=prior is not None)
+        return make_signals(model, size, for_prior=prior is not None, text=text)
 
     found = activations(build, signals, scale=scale, is_cuda=device == "cuda")
     return found + (0 if network is None else sum(4 * p.numel() for p in network.parameters()))
 
 
-def make_signals(autoencoder: FieldAutoencoder, size: int, *, for_prior: bool) -> Signal:
-    """A blank micro-batch of the shapes and types that the training of an autoencoder, or of its prior, reads."""
+def make_signals(
+    autoencoder: FieldAutoencoder, size: int, *, for_prior: bool, text: AnyTextEncoder | None = None
+) -> Signal:
+    """A blank micro-batch of the shapes and types that the training of an autoencoder, or of its prior, reads; with the
+    longest captions that the text encoder embeds.
+    """
     fitting = getattr(autoencoder.cfg, "fitting", None)
     numbers, names = torch.arange(size), [""] * size
     common: dict[str, Any] = dict(key=names, text=names, seed=numbers, position=numbers, number=numbers)
+    if for_prior and text is not None:
+        common |= dict(
+            text_tokens=torch.zeros(size, text.context_length, text.width),
+            text_mask=torch.ones(size, text.context_length, dtype=torch.bool),
+        )
     if for_prior:
         return Signal(inputs=torch.zeros(size, 1 + autoencoder.is_variational, *autoencoder.latent_shape), **common)
     latent = None

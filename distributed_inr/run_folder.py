@@ -59,6 +59,12 @@ class Stage:
         record = self._record
         return {} if record is None else record["options"]
 
+    @property
+    def made_from(self) -> Mapping[str, str]:
+        """The inputs that what it holds was made from."""
+        record = self._record
+        return {} if record is None else record["inputs"]
+
     def refuse_other_options(self) -> None:
         record = self._record
         changed = differences(record["options"], self.options) if record else {}

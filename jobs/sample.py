@@ -3,6 +3,7 @@
 python jobs/sample.py runs/ddmi/furniture-image --count 16 --resolution 512 --seed 7
 python jobs/sample.py runs/ddmi/furniture-shape --count 4 --resolution 128 --format ply
 python jobs/sample.py runs/chinr/furniture-image --count 4 --fix-layers 2 --branches 4
+python jobs/sample.py runs/ddmi/furniture-shape-text --text "a round table" --text "an armchair" --guidance 3
 """
 
 import argparse
@@ -19,7 +20,23 @@ from distributed_inr.models.noising import Sampler
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="run folder, such as runs/ddmi/furniture-image")
-    parser.add_argument("--count", type=int, default=16, help="how many (default: 16)")
+    parser.add_argument("--count", type=int, help="how many (default: 16); with text, of each prompt (default: 8)")
+    parser.add_argument("--text", action="append", default=[], metavar="PROMPT", help="what to draw; repeatable")
+    parser.add_argument("--text-file", type=Path, help="file with a prompt a line; blank lines are passed over")
+    parser.add_argument("--negative-text", metavar="PROMPT", help="what samples are to be unlike (default: nothing)")
+    parser.add_argument(
+        "--guidance", type=float, help="scale w; 1 follows the prompt as training did (default: the run's own)"
+    )
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("FROM", "TO"),
+        help="of the noising chain, from 0 (clean) to 1, where there is guidance (default: the run's own)",
+    )
+    parser.add_argument(
+        "--guidance-rescale", type=float, help="0 to 1: keep the deviation of unguided predictions (default: the run's)"
+    )
     parser.add_argument("--resolution", type=int, help="pixels, cells or frames a side (default: the run's own)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws others (default: 0)")
     parser.add_argument("--steps", type=int, help="network evaluations a sample (default: the run's sampling.steps)")
@@ -37,6 +54,11 @@ def main() -> None:
         load(given.run),
         given.out,
         count=given.count,
+        text=prompts(given.text, given.text_file),
+        negative_text=given.negative_text,
+        guidance=given.guidance,
+        guidance_interval=None if given.guidance_interval is None else tuple(given.guidance_interval),
+        guidance_rescale=given.guidance_rescale,
         resolution=given.resolution,
         seed=given.seed,
         steps=given.steps,
@@ -47,6 +69,21 @@ def main() -> None:
         options=options,
     )
     print(*paths, sep="\n")
+
+
+def prompts(given: list[str], file: Path | None) -> list[str] | None:
+    """Those of the command line, then those of the file; None where neither is given."""
+    if file is None:
+        return given or None
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--text-file {file} cannot be read: {error}; give a UTF-8 file with a prompt a line"
+        ) from None
+    if not lines:
+        raise ValueError(f"--text-file {file} holds no prompt; write one a line")
+    return given + lines
 
 
 if __name__ == "__main__":

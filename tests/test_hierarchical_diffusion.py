@@ -70,7 +70,7 @@ def gaussian_oracle(model: HierarchicalDiffusionModel, spread: float, seen: list
     """Replace the network by the exact answer for z-scores of layer l distributed as N(l + first bit, spread^2)."""
 
     class Oracle(nn.Module):
-        def forward(self, noisy, timesteps, layers, bits):
+        def forward(self, noisy, timesteps, layers, bits, text=None):
             seen.append((layers, bits))
             level = model.chain.signal_level[timesteps][:, None]
             centre = (layers + bits[:, :1].sum(1))[:, None]

@@ -62,7 +62,7 @@ def test_timesteps_are_uniform_or_logit_normal(logit):
     seen = []
 
     class Recorder(torch.nn.Module):
-        def forward(self, noisy, timesteps):
+        def forward(self, noisy, timesteps, text):
             seen.append(timesteps)
             return noisy
 

@@ -26,6 +26,7 @@ ORDER = (
     "launch",
     "run_folder",
     "latents",
+    "texts",
     "pipeline",
     "needs",
     "plan",

@@ -4,6 +4,7 @@ Layers are counted from 1, as in the paper.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,9 +75,9 @@ def conditions(
         sampler, steps: None takes the run's own.
         most: training latents shown, evenly spaced.
     """
-    prior, sampling = hierarchical(model, "conditions"), model.experiment.sampling
+    prior = hierarchical(model, "conditions")
     _check_counts(count, samples)
-    draw = _Draws(prior, sampler or sampling.sampler, sampling.steps if steps is None else steps, seed)
+    draw = _Draws(prior, model.sampling_settings(steps, sampler), seed)
     training = z_scores(model, training_latents(model, most=most).values)
     signals = draw.signals(count)
     bits = prior.bits(signals)
@@ -150,7 +151,7 @@ def deviations(
     """
     prior = hierarchical(model, "deviations")
     _check_counts(count, samples)
-    draw, total = _Draws(prior, sampler, steps, seed), count * samples
+    draw, total = _Draws(prior, model.sampling_settings(steps, sampler), seed), count * samples
     latents = training_latents(model, most=most).values.to(model.device)
     training_bits, drawn_bits = prior.bits(latents), prior.bits(draw.signals(count))
     of = torch.arange(total, device=model.device) * len(latents) // total  # evenly spaced
@@ -176,9 +177,8 @@ def share_alone(codes: Float[Tensor, "count bits"]) -> float:
 class _Draws:
     """Draws whose seeds are positions of one seed: every position is used once in a layer."""
 
-    def __init__(self, prior: HierarchicalDiffusionModel, sampler: Sampler, steps: int, seed: int) -> None:
-        self.prior, self.seed = prior, seed
-        self.how: dict[str, Any] = {"sampler": sampler, "steps": steps}
+    def __init__(self, prior: HierarchicalDiffusionModel, how: Mapping[str, Any], seed: int) -> None:
+        self.prior, self.how, self.seed = prior, how, seed
 
     def signals(self, count: int) -> Float[Tensor, "count layers dim"]:
         """Whole latents, at the positions from 0."""

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from distributed_inr.analysis.sources import check_layers, hierarchical
 from distributed_inr.generation import FieldModel
-from distributed_inr.models.hierarchical_diffusion import HierarchicalDiffusionModel
 from distributed_inr.models.noising import Sampler
 from distributed_inr.randomness import sample_seed
 
@@ -101,7 +100,7 @@ def tree(
         if path:
             parent = made.nodes[path[:-1]]
             node_seed, held = sample_seed(parent.seed, path[-1]), parent.latent[: parent.fixed]
-        latent = _complete(prior, made, node_seed, held)
+        latent = _complete(model, made, node_seed, held)
         bits = prior.bits(latent[None])[0].cpu()
         made.nodes[path] = Node(path, node_seed, levels[len(path)], latent.cpu(), bits)
         if len(path) < len(levels) - 1:
@@ -113,10 +112,10 @@ def tree(
 def redraw(model: FieldModel, made: Tree, path: tuple[int, ...]) -> Float[Tensor, "layers dim"]:
     """One node's latent again, from the tree's seed and the node's path alone."""
     prior, seed = hierarchical(model, "tree"), made.seed
-    latent = _complete(prior, made, seed, prior.latent_mean[:0])
+    latent = _complete(model, made, seed, prior.latent_mean[:0])
     for depth, index in enumerate(path):
         seed = sample_seed(seed, index)
-        latent = _complete(prior, made, seed, latent[: made.levels[depth]])
+        latent = _complete(model, made, seed, latent[: made.levels[depth]])
     return latent.cpu()
 
 
@@ -174,9 +173,10 @@ def layerwise(
     return torch.stack(rows)
 
 
-def _complete(prior: HierarchicalDiffusionModel, made: Tree, seed: int, held: Tensor) -> Float[Tensor, "layers dim"]:
+def _complete(model: FieldModel, made: Tree, seed: int, held: Tensor) -> Float[Tensor, "layers dim"]:
     """Latents whose first layers are `held`, and whose others are drawn with one seed."""
-    return prior.sample(torch.tensor([seed]), sampler=made.sampler, steps=made.steps, prefix=held[None])[0]
+    prior, how = hierarchical(model, "tree"), model.sampling_settings(made.steps, made.sampler)
+    return prior.sample(torch.tensor([seed]), prefix=held[None], **how)[0]
 
 
 def _parts(count: int) -> Iterator[float]:

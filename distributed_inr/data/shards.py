@@ -12,7 +12,7 @@ import os
 import re
 import weakref
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -138,11 +138,13 @@ class OpenShard:
     def __len__(self) -> int:
         return len(self.side)
 
-    def record(self, sample: int) -> Record:
-        """The sample's members, each checked by crc32."""
+    def record(self, sample: int, *, only: Collection[str] | None = None) -> Record:
+        """The sample's members, or those of some suffixes alone, each checked by crc32."""
         side = self.side
         record: Record = {"__key__": side.key(sample)}
         members = side.members[side.first[sample] : side.first[sample + 1]].tolist()
+        if only is not None:
+            members = [member for member in members if side.suffixes[member[3]] in only]
         if (total := sum(size for _, size, _, _ in members)) > _MAX_SAMPLE_BYTES:
             raise ValueError(f"{record['__key__']}: {total} bytes, more than a sample may have ({_MAX_SAMPLE_BYTES})")
         for offset, size, crc32, suffix in members:

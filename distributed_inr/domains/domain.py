@@ -35,10 +35,12 @@ class Signal:
         inputs: what an encoder sees; for a prior, the latent's mean and, if it has one, deviation [1 or 2,
             *latent_shape].
         targets: the domain's own, a tensor or several by name: what `Domain.supervise` draws from.
-        text: the caption, empty where there is none.
+        text: the captions, one a line; empty where there are none. For a prior, the one that was drawn.
         mask: bool [batch]; False marks a repeated sample that must not count (evaluation's ragged last step).
         latent: of a batch in auto-decoding: the samples' own latents, which gradients are asked for.
         number: int64 [] or [batch]; the sample's number in its set's own order, where it comes from a set.
+        text_tokens: for a prior with text, the drawn caption's embedding [tokens, width], padded by zeros.
+        text_mask: bool [tokens]; True where there is a token.
     """
 
     key: str | list[str]
@@ -50,6 +52,8 @@ class Signal:
     mask: Tensor | None = None
     latent: Tensor | None = None
     number: Tensor | None = None
+    text_tokens: Tensor | None = None
+    text_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.key)
@@ -88,6 +92,11 @@ def caption(record: Record) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{record['__key__']}.txt: cannot be decoded: {error}") from None
+
+
+def captions(text: str) -> list[str]:
+    """The captions of a sample's text, one a line."""
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def collate(signals: Sequence[Signal]) -> Signal:

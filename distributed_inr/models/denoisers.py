@@ -1,7 +1,7 @@
 """Denoising networks of the latent priors."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from distributed_inr.config import config
+from distributed_inr.models.text_conditioning import TextAttention, TextCondition
 from distributed_inr.models.torchvision_cpu import import_torchvision
 
 TIME_DIM = 128
@@ -41,8 +42,8 @@ class UNet:
                     f"prior.denoiser.head_dim={self.head_dim}; try {-(-self.channels // self.head_dim) * self.head_dim}"
                 )
 
-    def build(self, latent_shape: tuple[int, ...]) -> "UNetDenoiser":
-        return UNetDenoiser(self, latent_shape)
+    def build(self, latent_shape: tuple[int, ...], text_dim: int | None = None) -> "UNetDenoiser":
+        return UNetDenoiser(self, latent_shape, text_dim)
 
 
 @config
@@ -55,20 +56,24 @@ class MLP:
     num_blocks: Annotated[int, pydantic.Field(gt=0)] = 4
     """Residual blocks of two layers each."""
 
-    def build(self, latent_shape: tuple[int, ...]) -> "MLPDenoiser":
-        return MLPDenoiser(self, latent_shape)
+    def build(self, latent_shape: tuple[int, ...], text_dim: int | None = None) -> "MLPDenoiser":
+        return MLPDenoiser(self, latent_shape, text_dim)
 
 
 AnyDenoiser = Annotated[UNet | MLP, pydantic.Field(discriminator="kind")]
 
 
 class UNetDenoiser(nn.Module):
-    """Noisy latent and timestep to the prediction, of the latent's shape."""
+    """Noisy latent and timestep to the prediction, of the latent's shape.
 
-    def __init__(self, cfg: UNet, latent_shape: tuple[int, ...]) -> None:
+    Args:
+        text_dim: numbers of a text token, which the levels with self-attention attend to as well; None without text.
+    """
+
+    def __init__(self, cfg: UNet, latent_shape: tuple[int, ...], text_dim: int | None) -> None:
         super().__init__()
         import_torchvision()
-        from diffusers import UNet2DModel
+        from diffusers import UNet2DConditionModel, UNet2DModel
 
         if len(latent_shape) != 3:
             raise ValueError(
@@ -83,33 +88,48 @@ class UNetDenoiser(nn.Module):
                 f"{factor} cells a side; this one has {height} x {width}: use fewer levels"
             )
         levels = range(len(cfg.multipliers))
-        kinds = ["Attn" if level >= cfg.attention_from else "" for level in levels]
+        attends = [level >= cfg.attention_from for level in levels]
         widths = [cfg.channels * m for m in cfg.multipliers]
         groups = 32
         while any(width % groups for width in widths):
             groups //= 2
-        self.unet = UNet2DModel(
+        name = "Attn" if text_dim is None else "CrossAttn"
+        kinds = [name if with_attention else "" for with_attention in attends]
+        shared: dict[str, Any] = dict(
             in_channels=channels,
             out_channels=channels,
             block_out_channels=tuple(widths),
             layers_per_block=cfg.num_blocks,
             down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
             up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
-            attention_head_dim=cfg.head_dim,
             norm_num_groups=groups,
             dropout=cfg.dropout,
         )
+        self.unet: nn.Module
+        if text_dim is None:
+            self.unet = UNet2DModel(**shared, attention_head_dim=cfg.head_dim)
+        else:  # what this one calls attention_head_dim is the number of heads
+            heads: Any = tuple(width // cfg.head_dim for width in widths)
+            self.unet = UNet2DConditionModel(**shared, attention_head_dim=heads, cross_attention_dim=text_dim)
 
     def forward(
-        self, noisy: Float[Tensor, "batch channels height width"], timesteps: Int64[Tensor, " batch"]
+        self,
+        noisy: Float[Tensor, "batch channels height width"],
+        timesteps: Int64[Tensor, " batch"],
+        text: TextCondition | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
-        return self.unet(noisy, timesteps).sample
+        if text is None:
+            return self.unet(noisy, timesteps).sample
+        tokens, mask = text.tokens.to(noisy.dtype), text.mask
+        return self.unet(noisy, timesteps, encoder_hidden_states=tokens, encoder_attention_mask=mask).sample
 
 
 class MLPDenoiser(nn.Module):
-    """Noisy latent and timestep to the prediction, of the latent's shape; the timestep modulates every block."""
+    """Noisy latent and timestep to the prediction, of the latent's shape; the timestep, and what it attends to where
+    there is text, modulate every block.
+    """
 
-    def __init__(self, cfg: MLP, latent_shape: tuple[int, ...]) -> None:
+    def __init__(self, cfg: MLP, latent_shape: tuple[int, ...], text_dim: int | None) -> None:
         super().__init__()
         import_torchvision()
         from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -117,6 +137,7 @@ class MLPDenoiser(nn.Module):
         size = math.prod(latent_shape)
         self.wave = Timesteps(TIME_DIM, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time = TimestepEmbedding(TIME_DIM, TIME_DIM)
+        self.text = None if text_dim is None else TextAttention(TIME_DIM, text_dim)
         self.stem = nn.Linear(size, cfg.width)
         self.blocks = nn.ModuleList(MLPBlock(cfg.width) for _ in range(cfg.num_blocks))
         self.norm = nn.LayerNorm(cfg.width)
@@ -125,9 +146,16 @@ class MLPDenoiser(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(
-        self, noisy: Float[Tensor, "batch *latent"], timesteps: Int64[Tensor, " batch"]
+        self,
+        noisy: Float[Tensor, "batch *latent"],
+        timesteps: Int64[Tensor, " batch"],
+        text: TextCondition | None = None,
     ) -> Float[Tensor, "batch *latent"]:
-        time = F.silu(self.time(self.wave(timesteps)))
+        time = self.time(self.wave(timesteps))
+        if self.text is not None:
+            assert text is not None, "a prompt for each sample, if only the empty one"
+            time = self.text(time, text)
+        time = F.silu(time)
         hidden = self.stem(noisy.flatten(1))
         for block in self.blocks:
             hidden = block(hidden, time)

@@ -20,6 +20,7 @@ from distributed_inr.domains import Signal
 from distributed_inr.models.latent_prior import LatentPrior, draw_latent
 from distributed_inr.models.layer_denoisers import AnyLayerDenoiser, MLPUNet
 from distributed_inr.models.noising import NoisingChain, Prediction, Sampler, cosine_betas
+from distributed_inr.models.text_conditioning import Guidance, TextCondition, guided
 
 logger = logging.getLogger(__name__)
 
@@ -44,19 +45,21 @@ class HierarchicalDiffusion:
     projection: Literal["fixed", "straight-through"] = "fixed"
     """fixed: a Gaussian matrix from the run's seed. straight-through: learned, with the gradient of a sigmoid in place
     of the sign's."""
+    text_dim: Annotated[int, pydantic.Field(gt=0)] | None = None
+    """Numbers of a text token, which the network attends to. Set from the run's `text`; none: without text."""
 
-    def settle(self, num_signals: int) -> "HierarchicalDiffusion":
-        """With what depends on the number of training signals set."""
+    def settle(self, num_signals: int, text_dim: int | None) -> "HierarchicalDiffusion":
+        """With what depends on the number of training signals, and on the text encoder, set."""
         fitting = max(1, min(12, math.floor(math.log2(num_signals)) - 3))
         if self.condition_bits is None:
-            return replace(self, condition_bits=fitting)
+            return replace(self, condition_bits=fitting, text_dim=text_dim)
         if self.condition_bits > fitting:
             logger.warning(
                 "prior.condition_bits=%d is much for %d signals: many are alone under their code, and later layers "
                 "then repeat what they have seen; %d is the default",
                 *(self.condition_bits, num_signals, fitting),
             )
-        return self
+        return replace(self, text_dim=text_dim)
 
     def build(self, latent_shape: tuple[int, ...]) -> "HierarchicalDiffusionModel":
         return HierarchicalDiffusionModel(self, latent_shape)
@@ -102,7 +105,10 @@ class HierarchicalDiffusionModel(LatentPrior):
         shared = cfg.networks == "shared"
         self.denoisers = nn.ModuleList(
             cfg.denoiser.build(
-                latent_dim=latent_dim, num_layers=num_layers if shared else 1, condition_bits=cfg.condition_bits
+                latent_dim=latent_dim,
+                num_layers=num_layers if shared else 1,
+                condition_bits=cfg.condition_bits,
+                text_dim=cfg.text_dim,
             )
             for _ in range(1 if shared else num_layers)
         )
@@ -129,7 +135,9 @@ class HierarchicalDiffusionModel(LatentPrior):
             soft = torch.sigmoid(codes)
             bits = bits + soft - soft.detach()
         layers = torch.arange(num_layers, device=clean.device).repeat(batch)
-        predicted = self._denoise(noisy, timesteps, layers, bits.flatten(0, 1))
+        text = TextCondition.of(signal)
+        text = None if text is None else text.repeated(num_layers)
+        predicted = self._denoise(noisy, timesteps, layers, bits.flatten(0, 1), text)
         return {"diffusion": (predicted.float() - target).square().mean()}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -162,6 +170,7 @@ class HierarchicalDiffusionModel(LatentPrior):
         *,
         sampler: Sampler = "ddim",
         steps: int = 50,
+        guidance: Guidance | None = None,
         prefix: Float[Tensor, "count fixed dim"] | None = None,
     ) -> Float[Tensor, "count layers dim"]:
         """Draw the layers one after the other, each by a whole chain of `steps` network evaluations.
@@ -175,7 +184,8 @@ class HierarchicalDiffusionModel(LatentPrior):
             scores = self.normalise(prefix.to(seeds.device))
         for layer in range(scores.shape[1], self.latent_shape[0]):
             codes = self._codes(scores)[:, -1]
-            drawn = self.sample_layer(layer, (codes > 0).to(codes.dtype), seeds, sampler=sampler, steps=steps)
+            bits = (codes > 0).to(codes.dtype)
+            drawn = self.sample_layer(layer, bits, seeds, sampler=sampler, steps=steps, guidance=guidance)
             scores = torch.cat([scores, drawn[:, None]], dim=1)
         restored = self.restore(scores)
         return restored if prefix is None else torch.cat([prefix.to(restored), restored[:, prefix.shape[1] :]], dim=1)
@@ -188,12 +198,15 @@ class HierarchicalDiffusionModel(LatentPrior):
         *,
         sampler: Sampler = "ddim",
         steps: int = 50,
+        guidance: Guidance | None = None,
     ) -> Float[Tensor, "count dim"]:
         """The z-scores of one layer's latent (counted from 0) under given conditions."""
 
-        def denoise(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            return self._denoise(noisy, timesteps, torch.full_like(timesteps, layer), bits)
+        def predict(noisy: Tensor, timesteps: Tensor, text: TextCondition | None = None) -> Tensor:
+            own = bits.repeat(len(noisy) // len(bits), 1)
+            return self._denoise(noisy, timesteps, torch.full_like(timesteps, layer), own, text)
 
+        denoise = guided(predict, guidance, count=len(bits), num_timesteps=self.cfg.num_timesteps)
         shape, purpose = self.latent_shape[1:], f"layer {layer} "
         return self.chain.sample(denoise, seeds, shape, sampler=sampler, steps=steps, purpose=purpose)
 
@@ -205,13 +218,16 @@ class HierarchicalDiffusionModel(LatentPrior):
         nothing = summands.new_zeros(len(scores), 1, summands.shape[2])
         return torch.cat([nothing, summands.cumsum(dim=1)], dim=1)
 
-    def _denoise(self, noisy: Tensor, timesteps: Tensor, layers: Tensor, bits: Tensor) -> Tensor:
+    def _denoise(
+        self, noisy: Tensor, timesteps: Tensor, layers: Tensor, bits: Tensor, text: TextCondition | None
+    ) -> Tensor:
         if self.cfg.networks == "shared":
-            return self.denoisers[0](noisy, timesteps, layers, bits)
+            return self.denoisers[0](noisy, timesteps, layers, bits, text)
         predicted = torch.zeros_like(noisy)
         for index, denoiser in enumerate(self.denoisers):
             rows = (layers == index).nonzero().flatten()
             if len(rows):
-                found = denoiser(noisy[rows], timesteps[rows], torch.zeros_like(rows), bits[rows])
+                own = None if text is None else text.rows(rows)
+                found = denoiser(noisy[rows], timesteps[rows], torch.zeros_like(rows), bits[rows], own)
                 predicted = predicted.index_copy(0, rows, found.to(predicted.dtype))
         return predicted

@@ -1,5 +1,6 @@
 """Latent diffusion: a denoising diffusion model over latents (DDMI, section 3.2, eq. 10)."""
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -13,6 +14,7 @@ from distributed_inr.domains import Signal
 from distributed_inr.models.denoisers import AnyDenoiser, UNet
 from distributed_inr.models.latent_prior import LatentPrior, draw_latent, statistics_shape
 from distributed_inr.models.noising import NoisingChain, Prediction, Sampler, scaled_linear_betas
+from distributed_inr.models.text_conditioning import Guidance, TextCondition, guided
 
 
 @config
@@ -33,10 +35,12 @@ class LatentDiffusion:
     """Noise variance of the first step; the schedule is linear in its square root."""
     beta_end: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.0195
     """Noise variance of the last step."""
+    text_dim: Annotated[int, pydantic.Field(gt=0)] | None = None
+    """Numbers of a text token, which the network attends to. Set from the run's `text`; none: without text."""
 
-    def settle(self, num_signals: int) -> "LatentDiffusion":
-        """With what depends on the number of training signals set: nothing does."""
-        return self
+    def settle(self, num_signals: int, text_dim: int | None) -> "LatentDiffusion":
+        """With what depends on the text encoder set; nothing does on the number of training signals."""
+        return replace(self, text_dim=text_dim)
 
     def build(self, latent_shape: tuple[int, ...]) -> "LatentDiffusionModel":
         return LatentDiffusionModel(self, latent_shape)
@@ -52,7 +56,7 @@ class LatentDiffusionModel(LatentPrior):
     def __init__(self, cfg: LatentDiffusion, latent_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.cfg, self.latent_shape = cfg, latent_shape
-        self.denoiser = cfg.denoiser.build(latent_shape)
+        self.denoiser = cfg.denoiser.build(latent_shape, cfg.text_dim)
         betas = scaled_linear_betas(cfg.num_timesteps, start=cfg.beta_start, end=cfg.beta_end)
         self.chain = NoisingChain(betas, cfg.prediction)
         self.register_buffer("latent_mean", torch.zeros(statistics_shape(latent_shape)))
@@ -64,7 +68,7 @@ class LatentDiffusionModel(LatentPrior):
         timesteps = self._timesteps(signal.seed)
         noise = randomness.normal(signal.seed, "noise", self.latent_shape)
         noisy, target = self.chain.add_noise(clean, timesteps, noise)
-        predicted = self.denoiser(noisy, timesteps)
+        predicted = self.denoiser(noisy, timesteps, TextCondition.of(signal))
         return {"diffusion": (predicted.float() - target).square().mean()}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -76,10 +80,16 @@ class LatentDiffusionModel(LatentPrior):
         self.latent_deviation.copy_(deviation.view_as(self.latent_deviation))
 
     def sample(
-        self, seeds: Int64[Tensor, " count"], *, sampler: Sampler = "ddim", steps: int = 50
+        self,
+        seeds: Int64[Tensor, " count"],
+        *,
+        sampler: Sampler = "ddim",
+        steps: int = 50,
+        guidance: Guidance | None = None,
     ) -> Float[Tensor, "count *latent_shape"]:
         seeds = seeds.to(self.latent_mean.device)
-        drawn = self.chain.sample(self.denoiser, seeds, self.latent_shape, sampler=sampler, steps=steps)
+        denoise = guided(self.denoiser, guidance, count=len(seeds), num_timesteps=self.cfg.num_timesteps)
+        drawn = self.chain.sample(denoise, seeds, self.latent_shape, sampler=sampler, steps=steps)
         return drawn * self.latent_deviation + self.latent_mean
 
     def _timesteps(self, seeds: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:

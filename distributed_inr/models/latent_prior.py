@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from distributed_inr import randomness
 from distributed_inr.domains import Signal
 from distributed_inr.models.noising import Sampler
+from distributed_inr.models.text_conditioning import Guidance
 
 
 class LatentPrior(nn.Module, ABC):
@@ -25,7 +26,7 @@ class LatentPrior(nn.Module, ABC):
 
         Args:
             signal: `inputs` holds each latent's mean and, where it has one, its deviation: [batch, 1 or 2,
-                *latent_shape].
+                *latent_shape]; of a prior with text, `text_tokens` and `text_mask` its embedded caption.
         """
 
     @abstractmethod
@@ -34,9 +35,14 @@ class LatentPrior(nn.Module, ABC):
 
     @abstractmethod
     def sample(
-        self, seeds: Int64[Tensor, " count"], *, sampler: Sampler, steps: int
+        self, seeds: Int64[Tensor, " count"], *, sampler: Sampler, steps: int, guidance: Guidance | None = None
     ) -> Float[Tensor, "count *latent_shape"]:
-        """Draw one latent for each seed; a sample depends on its own seed alone, not on its neighbours in the batch."""
+        """Draw one latent for each seed; a sample depends on its own seed, and prompt, alone, not on its neighbours in
+        the batch.
+
+        Args:
+            guidance: of a prior with text, which needs one, if only with the empty prompt; a row for each seed, or one.
+        """
 
 
 def statistics_shape(latent_shape: tuple[int, ...]) -> tuple[int, ...]:

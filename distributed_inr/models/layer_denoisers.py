@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distributed_inr.config import config
 from distributed_inr.models.denoisers import TIME_DIM, MLPBlock
+from distributed_inr.models.text_conditioning import TextAttention, TextCondition
 from distributed_inr.models.torchvision_cpu import import_torchvision
 
 
@@ -23,8 +24,10 @@ class MLPUNet:
     num_blocks: Annotated[int, pydantic.Field(gt=0)] = 3
     """Residual blocks on the way down, and as many on the way up."""
 
-    def build(self, *, latent_dim: int, num_layers: int, condition_bits: int) -> "MLPUNetDenoiser":
-        return MLPUNetDenoiser(self, latent_dim, Condition(num_layers, condition_bits))
+    def build(
+        self, *, latent_dim: int, num_layers: int, condition_bits: int, text_dim: int | None = None
+    ) -> "MLPUNetDenoiser":
+        return MLPUNetDenoiser(self, latent_dim, Condition(num_layers, condition_bits, text_dim))
 
 
 @config
@@ -44,17 +47,19 @@ class ConvolutionalUNet:
                 "multiple of 32, the size of an attention head; try 32"
             )
 
-    def build(self, *, latent_dim: int, num_layers: int, condition_bits: int) -> "ConvolutionalDenoiser":
-        return ConvolutionalDenoiser(self, latent_dim, Condition(num_layers, condition_bits))
+    def build(
+        self, *, latent_dim: int, num_layers: int, condition_bits: int, text_dim: int | None = None
+    ) -> "ConvolutionalDenoiser":
+        return ConvolutionalDenoiser(self, latent_dim, Condition(num_layers, condition_bits, text_dim))
 
 
 AnyLayerDenoiser = Annotated[MLPUNet | ConvolutionalUNet, pydantic.Field(discriminator="kind")]
 
 
 class Condition(nn.Module):
-    """One vector for the layer, its condition bits and the timestep."""
+    """One vector for the layer, its condition bits, the timestep and, where there is text, what these attend to."""
 
-    def __init__(self, num_layers: int, condition_bits: int) -> None:
+    def __init__(self, num_layers: int, condition_bits: int, text_dim: int | None) -> None:
         super().__init__()
         import_torchvision()
         from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -63,15 +68,22 @@ class Condition(nn.Module):
         self.time = TimestepEmbedding(TIME_DIM, TIME_DIM)
         self.layer = nn.Embedding(num_layers, TIME_DIM)
         self.bits = nn.Linear(condition_bits, TIME_DIM, bias=False) if condition_bits else None
+        self.text = None if text_dim is None else TextAttention(TIME_DIM, text_dim)
 
     def forward(
         self,
         timesteps: Int64[Tensor, " batch"],
         layers: Int64[Tensor, " batch"],
         bits: Float[Tensor, "batch condition_bits"],
+        text: TextCondition | None,
     ) -> Float[Tensor, "batch time"]:
         together = self.time(self.wave(timesteps)) + self.layer(layers)
-        return F.silu(together if self.bits is None else together + self.bits(bits))
+        if self.bits is not None:
+            together = together + self.bits(bits)
+        if self.text is not None:
+            assert text is not None, "a prompt for each sample, if only the empty one"
+            together = self.text(together, text)
+        return F.silu(together)
 
 
 class MLPUNetDenoiser(nn.Module):
@@ -90,9 +102,14 @@ class MLPUNetDenoiser(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(
-        self, noisy: Float[Tensor, "batch latent_dim"], timesteps: Tensor, layers: Tensor, bits: Tensor
+        self,
+        noisy: Float[Tensor, "batch latent_dim"],
+        timesteps: Tensor,
+        layers: Tensor,
+        bits: Tensor,
+        text: TextCondition | None = None,
     ) -> Float[Tensor, "batch latent_dim"]:
-        condition = self.condition(timesteps, layers, bits)
+        condition = self.condition(timesteps, layers, bits, text)
         hidden, skips = self.stem(noisy), []
         for block in self.down:
             hidden = block(hidden, condition)
@@ -132,7 +149,12 @@ class ConvolutionalDenoiser(nn.Module):
         self.unet = unet
 
     def forward(
-        self, noisy: Float[Tensor, "batch latent_dim"], timesteps: Tensor, layers: Tensor, bits: Tensor
+        self,
+        noisy: Float[Tensor, "batch latent_dim"],
+        timesteps: Tensor,
+        layers: Tensor,
+        bits: Tensor,
+        text: TextCondition | None = None,
     ) -> Float[Tensor, "batch latent_dim"]:
-        place = self.place(self.condition(timesteps, layers, bits))
+        place = self.place(self.condition(timesteps, layers, bits, text))
         return self.unet(torch.stack([noisy, place], dim=1), timesteps).sample[:, 0]

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from distributed_inr.experiment import Experiment
-from distributed_inr.presets import chinr, ddmi, motions, scenes, shapes, videos
+from distributed_inr.presets import chinr, ddmi, motions, scenes, shapes, texts, videos
 
 PRESETS: Mapping[str, Mapping[str, Callable[[], Experiment]]] = MappingProxyType(
     {
-        "ddmi": ddmi.PRESETS | shapes.DDMI | videos.DDMI | scenes.DDMI | motions.DDMI,
-        "chinr": chinr.PRESETS | shapes.CHINR | videos.CHINR | scenes.CHINR | motions.CHINR,
+        "ddmi": ddmi.PRESETS | shapes.DDMI | videos.DDMI | scenes.DDMI | motions.DDMI | texts.DDMI,
+        "chinr": chinr.PRESETS | shapes.CHINR | videos.CHINR | scenes.CHINR | motions.CHINR | texts.CHINR,
     }
 )
 """By family, then by name."""

@@ -1,0 +1,219 @@
+"""The table of a run's text embeddings: every distinct caption once, by its hash, with what its encoder made of it.
+
+    text/  table.json  captions.txt  hashes.npy  starts.npy  tokens.npy  pooled.npy
+
+Tokens are float16, unpadded, one caption after the other, and memory-mapped: training a prior loads no text encoder.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from distributed_inr import randomness
+from distributed_inr.data import storage
+from distributed_inr.data.reader import read_latent
+from distributed_inr.domains.domain import Record, Signal, captions
+from distributed_inr.models.text import TextEncoder, one_line
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table on disk. Its arrays are opened by each process at their first use.
+
+    Attributes:
+        encoder: name of the text encoder.
+        sha256: of the encoder's weights.
+        width: numbers of a token.
+        max_tokens: of the longest caption; what `lookup` pads to.
+        fingerprint: of all that it holds.
+    """
+
+    folder: Path
+    encoder: str
+    sha256: str
+    width: int
+    max_tokens: int
+    captions: int
+    fingerprint: str
+    _arrays: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+
+    @staticmethod
+    def open(folder: Path) -> "TextTable":
+        """Raises ValueError where there is none, or not a whole one."""
+        path = folder / "table.json"
+        try:
+            about = json.loads(path.read_text())
+            if about.pop("version") != _VERSION:
+                raise ValueError("it is of another version")
+            return TextTable(folder=folder, **about)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; run the training job to make it again") from None
+
+    @property
+    def identity(self) -> str:
+        """The encoder, as messages name it."""
+        return identity(self.encoder, self.sha256)
+
+    def __contains__(self, caption: str) -> bool:
+        return self._find(caption) is not None
+
+    def lookup(self, caption: str) -> tuple[Float[Tensor, "tokens width"], Bool[Tensor, " tokens"]]:
+        """Tokens of a caption, padded by zeros to `max_tokens`, and where there are some.
+
+        Raises ValueError where the table has no such caption.
+        """
+        tokens, mask = torch.zeros(self.max_tokens, self.width), torch.zeros(self.max_tokens, dtype=torch.bool)
+        own = self.tokens(caption)
+        tokens[: len(own)], mask[: len(own)] = own, True
+        return tokens, mask
+
+    def tokens(self, caption: str) -> Float[Tensor, "_ width"]:
+        """Tokens of a caption, unpadded."""
+        return torch.from_numpy(self._own(caption).astype(np.float32))
+
+    def pooled(self, captions: Sequence[str]) -> Float[Tensor, "batch pooled"]:
+        """The vectors of several captions."""
+        return torch.from_numpy(self._array("pooled")[list(map(self._row, captions))].astype(np.float32))
+
+    def excerpt(self, folder: Path, captions: Sequence[str]) -> "TextTable":
+        """A table of some of the captions, and of the empty prompt, in another folder."""
+        distinct = _distinct(captions)
+        rows = ((self._own(caption), self._array("pooled")[self._row(caption)]) for caption in distinct)
+        return _write(folder, distinct, rows, encoder=self.encoder, sha256=self.sha256, width=self.width)
+
+    def _own(self, caption: str) -> np.ndarray:
+        """A caption's tokens, unpadded."""
+        row = self._row(caption)
+        start, end = self._array("starts")[row : row + 2]
+        return self._array("tokens")[start:end]
+
+    def _row(self, caption: str) -> int:
+        row = self._find(caption)
+        if row is None:
+            raise ValueError(f"{self.folder} has no embedding of {caption!r}; delete it to make the table again")
+        return row
+
+    def _find(self, caption: str) -> int | None:
+        hashes, own = self._array("hashes"), _hash(caption)
+        row = int(np.searchsorted(hashes, own))
+        return row if row < len(hashes) and hashes[row] == own else None
+
+    def _array(self, name: str) -> np.ndarray:
+        if name not in self._arrays:
+            path = self.folder / f"{name}.npy"
+            try:
+                self._arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{path} cannot be read: {error}; delete {self.folder} to make it again") from None
+        return self._arrays[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For loader processes, which open the files themselves."""
+        return self.__dict__ | {"_arrays": {}}
+
+
+def read_captioned_latent(record: Record, seed: int, *, texts: TextTable, dropout: float) -> Signal:
+    """Decode one record of a latent set, with the embedding of one of its captions, drawn from the sample's seed.
+
+    Args:
+        dropout: how often the empty prompt is drawn instead, as it is where there are no captions.
+    """
+    signal = read_latent(record, seed)
+    assert isinstance(signal.text, str)
+    own, known = signal.seed[None], captions(signal.text) or [""]
+    drawn = known[int(randomness.integers(own, "caption", (), len(known)))]
+    if randomness.uniform(own, "caption dropout") < dropout:
+        drawn = ""
+    tokens, mask = texts.lookup(drawn)
+    return replace(signal, text=drawn, text_tokens=tokens, text_mask=mask)
+
+
+def write_table(folder: Path, prompts: Iterable[str], encoder: TextEncoder, *, batch_size: int = 64) -> TextTable:
+    """Embed the distinct prompts, and the empty one, and write them to a folder."""
+    distinct = _distinct(prompts)
+    rows = _embed(distinct, encoder, batch_size)
+    return _write(folder, distinct, rows, encoder=encoder.name, sha256=encoder.sha256, width=encoder.width)
+
+
+def identity(encoder: str, sha256: str) -> str:
+    """A text encoder, as messages name it."""
+    return f"{encoder} (sha256 {sha256[:12]})"
+
+
+def _distinct(prompts: Iterable[str]) -> list[str]:
+    """The distinct prompts, and the empty one, in the order of a table."""
+    return sorted({"", *map(one_line, prompts)}, key=_hash)
+
+
+def _write(
+    folder: Path,
+    distinct: Sequence[str],
+    rows: Iterable[tuple[np.ndarray, np.ndarray]],
+    *,
+    encoder: str,
+    sha256: str,
+    width: int,
+) -> TextTable:
+    """Write tokens and vector of each prompt; table.json last."""
+    hashes = np.array([_hash(prompt) for prompt in distinct], dtype=np.uint64)
+    if len(np.unique(hashes)) < len(hashes):
+        raise ValueError(f"two of the {len(distinct)} captions have one hash; change either by a word")
+    starts, pooled, longest = [0], [], 0
+    digest = hashlib.sha256(sha256.encode())
+    raw = folder / "tokens.raw"
+    with raw.open("wb") as file:
+        for tokens, vector in rows:
+            starts.append(starts[-1] + len(tokens))
+            longest = max(longest, len(tokens))
+            pooled.append(vector)
+            content = tokens.tobytes()
+            digest.update(content)
+            file.write(content)
+    for content in (hashes, np.array(starts, dtype=np.int64)):
+        digest.update(content.tobytes())
+    mapped = np.memmap(raw, dtype=np.float16, mode="r", shape=(starts[-1], width))
+    np.save(folder / "tokens.npy", mapped)
+    del mapped
+    raw.unlink()
+    np.save(folder / "hashes.npy", hashes)
+    np.save(folder / "starts.npy", np.array(starts, dtype=np.int64))
+    np.save(folder / "pooled.npy", np.stack(pooled))
+    (folder / "captions.txt").write_text("".join(f"{prompt}\n" for prompt in distinct), encoding="utf-8")
+    about = {
+        "version": _VERSION,
+        "encoder": encoder,
+        "sha256": sha256,
+        "width": width,
+        "max_tokens": longest,
+        "captions": len(distinct),
+        "fingerprint": digest.hexdigest(),
+    }
+    storage.write_atomic(str(folder / "table.json"), json.dumps(about, indent=1).encode() + b"\n")
+    return TextTable.open(folder)
+
+
+@torch.no_grad()
+def _embed(captions: Sequence[str], encoder: TextEncoder, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and vector of each caption, float16."""
+    for first in range(0, len(captions), batch_size):
+        part = list(captions[first : first + batch_size])
+        found = encoder(part)
+        for caption, tokens, mask, pooled in zip(part, found.tokens, found.mask, found.pooled, strict=True):
+            own, vector = tokens[mask].half(), pooled.half()
+            if not (own.isfinite().all() and vector.isfinite().all()):
+                raise ValueError(f"{encoder.name} gives {caption!r} numbers that float16 cannot hold; use another one")
+            yield own.cpu().numpy(), vector.cpu().numpy()
+
+
+def _hash(caption: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.blake2b(one_line(caption).encode(), digest_size=8).digest(), "little"))

