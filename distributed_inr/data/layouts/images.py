@@ -8,17 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from distributed_inr.data.layouts.item import (
-    Item,
-    Part,
-    described,
-    item_of,
-    read_metadata,
-    refuse_missing,
-    walk,
-    with_class,
-    with_row,
-)
+from distributed_inr.data.layouts.item import Item, Part, item_of, walk, with_class
+from distributed_inr.data.layouts.metadata import described, read_metadata, refuse_missing, with_row
 from distributed_inr.data.layouts.source import Source
 from distributed_inr.raw import pictures
 from distributed_inr.raw.pictures import FILE_SUFFIXES, Form

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from distributed_inr.data.layouts.item import Item, Unusable, described, walk
+from distributed_inr.data.layouts.item import Item, Unusable, walk
+from distributed_inr.data.layouts.metadata import described
 from distributed_inr.data.layouts.source import Source
 from distributed_inr.raw import motions
 from distributed_inr.raw.arrays import write_npy

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distributed_inr.data.layouts.item import PARTS, Item, read_metadata, refuse_missing, size_of, with_row
+from distributed_inr.data.layouts.item import PARTS, Item, size_of
+from distributed_inr.data.layouts.metadata import read_metadata, refuse_missing, with_row
 from distributed_inr.data.layouts.source import Source
 from distributed_inr.raw import posed_views, view_folders
 from distributed_inr.raw.posed_views import Form

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from distributed_inr.data.layouts.item import Item, Part, content_of, described, item_of, walk, with_class
+from distributed_inr.data.layouts.item import Item, Part, content_of, item_of, walk, with_class
+from distributed_inr.data.layouts.metadata import described
 from distributed_inr.data.layouts.source import Source
 from distributed_inr.raw import meshes
 from distributed_inr.raw.arrays import BITS, FLOATS, INTEGERS, TEXT, Archive, read_npy, write_npy

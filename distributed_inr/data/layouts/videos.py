@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from distributed_inr.data.layouts.item import PARTS, Item, Part, Unusable, described, item_of, size_of, walk
+from distributed_inr.data.layouts.item import PARTS, Item, Part, Unusable, item_of, size_of, walk
+from distributed_inr.data.layouts.metadata import described
 from distributed_inr.data.layouts.source import Source
 from distributed_inr.raw import clips, footage, pictures
 from distributed_inr.raw.clips import Form
