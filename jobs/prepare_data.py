@@ -49,7 +49,8 @@ def add_options(verb: argparse.ArgumentParser, source: Source) -> None:
     verb.add_argument(
         "--metadata",
         type=Path,
-        help="captions, JSON lines: file_name or key, text, class (default: metadata.jsonl in DIR or beside it)",
+        help="captions, JSON lines or .csv: file_name or key, text, class, as docs/data.md describes them (default: "
+        "metadata.jsonl in DIR or beside it)",
     )
     verb.add_argument(
         "--only",

@@ -22,7 +22,7 @@ from distributed_inr.data.layouts.item import Unusable
 from distributed_inr.data.shard_writer import ShardWriter
 from distributed_inr.data.shards import OpenShard, Shard, ShardIndex, load_index, read_index
 from distributed_inr.data.side_index import is_key
-from distributed_inr.domains.domain import Record, caption
+from distributed_inr.domains.domain import Record, caption, captions
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ def describe(url: str, *, cache: Cache | None = None, max_samples: int = 10_000)
     for record in _records(index, cache, max_samples):
         suffixes.update(name for name in record if name != "__key__")
         try:
-            texts[caption(record)] += 1
+            texts.update(captions(caption(record)))
         except ValueError:
             texts["(unreadable)"] += 1
         classes[_class_of(record)] += 1
@@ -213,8 +213,8 @@ def _write_part(
         except ValueError as error:
             return error
         record: Record = {"__key__": item.key, **members}
-        if item.text:
-            record["txt"] = item.text.encode()
+        if item.captions:
+            record["txt"] = "\n".join(item.captions).encode()
         if item.about:
             record["json"] = json.dumps(item.about, ensure_ascii=False).encode()
         return record
@@ -251,8 +251,8 @@ def _write_part(
 def _nameless(item: Item) -> Item:
     """What no shard can name is left out, under a name that messages can hold."""
     reason = "its name is empty, has control characters, __x__ or '..', is not UTF-8, or is too long; rename it"
-    key, name, unit, text = (ascii(own)[1:-1] for own in (item.key, item.name, item.unit, item.text))
-    return dataclasses.replace(item, key=key, name=name, unit=unit, text=text, load=Unusable(reason))
+    key, name, unit, *texts = (ascii(own)[1:-1] for own in (item.key, item.name, item.unit, *item.captions))
+    return dataclasses.replace(item, key=key, name=name, unit=unit, captions=tuple(texts), load=Unusable(reason))
 
 
 def _split(found: list[Item], plan: Plan) -> tuple[str, list[Part | None]]:
@@ -333,7 +333,8 @@ def _rank(name: str, seed: int) -> float:
 def _protocol(plan: Plan, split: str, found: list[Item], sides: list[Part | None]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for item, side in zip(found, sides, strict=True):
-        digest.update(json.dumps([item.key, item.name, item.size, item.text, side]).encode())
+        texts = item.text if len(item.captions) <= 1 else item.captions
+        digest.update(json.dumps([item.key, item.name, item.size, texts, side]).encode())
     values = dataclasses.asdict(plan) | {"split": split, "source": digest.hexdigest()[:16]}
     return json.loads(json.dumps(values))
 

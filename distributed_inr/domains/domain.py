@@ -35,7 +35,7 @@ class Signal:
         inputs: what an encoder sees; for a prior, the latent's mean and, if it has one, deviation [1 or 2,
             *latent_shape].
         targets: the domain's own, a tensor or several by name: what `Domain.supervise` draws from.
-        text: the captions, one a line; empty where there are none. For a prior, the one that was drawn.
+        text: the captions, one a line (`captions`); empty where there are none. For a prior with text, the drawn one.
         mask: bool [batch]; False marks a repeated sample that must not count (evaluation's ragged last step).
         latent: of a batch in auto-decoding: the samples' own latents, which gradients are asked for.
         number: int64 [] or [batch]; the sample's number in its set's own order, where it comes from a set.
@@ -95,8 +95,8 @@ def caption(record: Record) -> str:
 
 
 def captions(text: str) -> list[str]:
-    """The captions of a sample's text, one a line."""
-    return [line for line in text.splitlines() if line.strip()]
+    """The captions of a sample's text, one a line, without blank ones."""
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def collate(signals: Sequence[Signal]) -> Signal:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from distributed_inr.data.layouts.item import Item, Part, item_of, walk, with_class
-from distributed_inr.data.layouts.metadata import described, read_metadata, refuse_missing, with_row
+from distributed_inr.data.layouts.metadata import described, described_objects
 from distributed_inr.data.layouts.source import Source
 from distributed_inr.raw import pictures
 from distributed_inr.raw.pictures import FILE_SUFFIXES, Form
@@ -22,13 +22,9 @@ def folder(root: Path, metadata: Path | None, form: Form) -> list[Item]:
 
 def views(root: Path, metadata: Path | None, form: Form) -> list[Item]:
     """A folder per object with transforms.json and its frames; captions by object from metadata.jsonl."""
-    rows = read_metadata(root, metadata)
-    about = {str(row["key"]): row for row in rows[1]} if rows else {}
     found: list[Item] = []
-    objects: set[str] = set()
     for path in sorted(root.glob("*/transforms.json")):
         name = path.parent.name
-        objects.add(name)
         try:
             frames = [frame["file_path"] for frame in json.loads(path.read_text())["frames"]]
         except (ValueError, KeyError, TypeError) as error:
@@ -37,10 +33,8 @@ def views(root: Path, metadata: Path | None, form: Form) -> list[Item]:
             file = path.parent / frame
             if not file.resolve().is_relative_to(path.parent.resolve()) or not file.is_file():
                 raise ValueError(f"{path} names {frame!r}, which is not there; restore it or remove the frame")
-            found.append(replace(with_row(item_of(root, file), about.get(name, {})), unit=name))
-    if rows:
-        refuse_missing(sorted(about.keys() - objects), rows[0], root)
-    return found
+            found.append(replace(item_of(root, file), unit=name))
+    return described_objects(found, root, metadata)
 
 
 def afhqv2(root: Path, metadata: Path | None, form: Form) -> list[Item]:

@@ -21,6 +21,7 @@ class Item:
         name: how messages name it: the path inside the source.
         load: reads it, as its domain's `Source.convert` takes it.
         size: bytes of the file, so that a rerun notices a changed source.
+        captions: what says in words what it shows, as `lines_of` leaves them; become the record's txt.
         unit: the object it shows or the file it is cut from; items of one stay together when split by object.
         part: train or val where the layout says so.
         about: what else is known, such as "class"; becomes the record's json.
@@ -30,10 +31,15 @@ class Item:
     name: str
     load: Callable[[], Any]
     size: int = 0
-    text: str = ""
+    captions: tuple[str, ...] = ()
     unit: str = ""
     part: Part | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """Its first caption: what it is called where sets are split or chosen from."""
+        return self.captions[0] if self.captions else ""
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,18 @@ def content_of(file: Path) -> bytes:
         raise ValueError(f"cannot be read: {error.strerror}") from None
 
 
+def lines_of(captions: Iterable[str]) -> tuple[str, ...]:
+    """Each caption as one line, without blank ones and repetitions."""
+    return tuple(dict.fromkeys(line for line in (" ".join(caption.split()) for caption in captions) if line))
+
+
 def with_class(item: Item, name: str) -> Item:
-    return replace(item, text=name.replace("_", " ").replace("-", " "), about={**item.about, "class": name})
+    return replace(item, captions=lines_of([in_words(name)]), about={**item.about, "class": name})
+
+
+def in_words(name: str) -> str:
+    """A class's name, perhaps of a folder, as it stands in captions."""
+    return name.replace("_", " ").replace("-", " ")
 
 
 def select(items: Iterable[Item], wanted: Mapping[str, tuple[str, ...]]) -> list[Item]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed_inr.data.layouts.item import PARTS, Item, size_of
-from distributed_inr.data.layouts.metadata import read_metadata, refuse_missing, with_row
+from distributed_inr.data.layouts.metadata import described_objects
 from distributed_inr.data.layouts.source import Source
 from distributed_inr.raw import posed_views, view_folders
 from distributed_inr.raw.posed_views import Form
@@ -19,7 +19,7 @@ def transforms(root: Path, metadata: Path | None, form: Form) -> list[Item]:
     perhaps a coloured PLY as its ply_file_path; captions by object from metadata.jsonl.
     """
     found = [_item(path.parent, root, view_folders.read_transforms, form) for path in root.rglob("transforms.json")]
-    return _described(found, root, metadata)
+    return described_objects(sorted(found, key=lambda item: item.name), root, metadata)
 
 
 def srn(root: Path, metadata: Path | None, form: Form) -> list[Item]:
@@ -27,7 +27,7 @@ def srn(root: Path, metadata: Path | None, form: Form) -> list[Item]:
     folder that ends so) they belong to that part.
     """
     found = [_item(path.parent, root, view_folders.read_srn, form) for path in root.rglob("intrinsics.txt")]
-    return _described(found, root, metadata)
+    return described_objects(sorted(found, key=lambda item: item.name), root, metadata)
 
 
 def _item(folder: Path, root: Path, read: Callable[[Path, int], PosedViews], form: Form) -> Item:
@@ -37,16 +37,6 @@ def _item(folder: Path, root: Path, read: Callable[[Path, int], PosedViews], for
     key = name.replace(".", "_")  # webdataset's keys end at the first dot
     part = PARTS.get(name.split("/")[0].lower().split("_")[-1]) if "/" in name else None
     return Item(key, name, partial(read, folder, form.max_views), size, unit=key, part=part)
-
-
-def _described(items: list[Item], root: Path, metadata: Path | None) -> list[Item]:
-    items.sort(key=lambda item: item.name)
-    rows = read_metadata(root, metadata)
-    if rows is None:
-        return items
-    about = {str(row.get("key", row.get("file_name"))): row for row in rows[1]}
-    refuse_missing(sorted(about.keys() - {item.name for item in items}), rows[0], root)
-    return [with_row(item, about.get(item.name, {})) for item in items]
 
 
 def _convert(posed: PosedViews, form: Form) -> dict[str, bytes]:

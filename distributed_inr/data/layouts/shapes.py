@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from distributed_inr.data.layouts.item import Item, Part, content_of, item_of, walk, with_class
-from distributed_inr.data.layouts.metadata import described
+from distributed_inr.data.layouts.metadata import described, described_objects
 from distributed_inr.data.layouts.source import Source
 from distributed_inr.raw import meshes
 from distributed_inr.raw.arrays import BITS, FLOATS, INTEGERS, TEXT, Archive, read_npy, write_npy
@@ -84,7 +84,8 @@ def _sample_key(path: Path) -> str:
 
 def occupancy_networks(root: Path, metadata: Path | None, form: Form) -> list[Item]:
     """As Occupancy Networks distribute ShapeNet: a folder per class, in it a folder per model with points.npz and
-    pointcloud.npz, and train.lst, val.lst, test.lst; names of classes in metadata.yaml.
+    pointcloud.npz, and train.lst, val.lst, test.lst; names of classes in metadata.yaml. Captions are those of
+    --metadata (key CLASS/MODEL, or modelId), else the class's name.
     """
     names = _class_names(root / "metadata.yaml") if (root / "metadata.yaml").is_file() else {}
     found: list[Item] = []
@@ -105,7 +106,7 @@ def occupancy_networks(root: Path, metadata: Path | None, form: Form) -> list[It
             item, key = item_of(root, model / "points.npz"), _sample_key(Path(folder.name, model.name))
             item = replace(item, key=key, unit=key, load=_QueriedFiles(model), part=parts.get(model.name))
             found.append(with_class(item, names.get(folder.name, folder.name)))
-    return found
+    return described_objects(found, root, metadata)
 
 
 def _class_names(path: Path) -> dict[str, str]:
