@@ -59,6 +59,14 @@ def add_options(verb: argparse.ArgumentParser, source: Source) -> None:
         metavar="FIELD=A,B",
         help=f"keep {source.noun}s whose class, text, object or other metadata has one of these values; repeatable",
     )
+    verb.add_argument(
+        "--caption",
+        action="append",
+        default=[],
+        metavar="TEMPLATE",
+        help="make captions, in place of the own ones, such as 'a {size} {class}' or '{text}, {category}': of what the "
+        "metadata say, and the words {size}, {height}, {width} for the outer thirds of a class; repeatable",
+    )
     own = "".join(f", {split} for {layout}" for layout, split in source.splits.items())
     verb.add_argument(
         "--split",
@@ -118,6 +126,7 @@ def make(arguments: argparse.Namespace) -> None:
         val_per_class=arguments.val_per_class,
         val_gap=arguments.val_gap,
         split_seed=arguments.split_seed,
+        captions=tuple(arguments.caption),
         form=source.form(
             **{option.name: getattr(arguments, option.name) for option in dataclasses.fields(source.form)}
         ),

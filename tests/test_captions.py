@@ -1,5 +1,6 @@
 """Captions of raw data: several of an item, tables of them, and those that templates make."""
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -154,3 +155,180 @@ def test_models_are_found_in_every_layout_by_folder_or_file(tmp_path: Path) -> N
     scenes = Plan(domain="scene", form=Form(size=16, num_points=50), split="none")
     assert made(tmp_path / "scenes/raw", scenes, metadata=table) == {"chairs/m1": one}
     assert set(made(tmp_path / "views/raw", Plan(layout="views", split="none"), metadata=table).values()) == {one}
+
+
+# Templates
+
+
+def templates(*captions: str, **changes: Any) -> Plan:
+    return Plan(**{"split": "none", "captions": captions, **changes})
+
+
+def sized(key: str, width: Any, depth: Any, height: Any, **about: Any) -> dict[str, Any]:
+    return {"key": key, "width_cm": width, "depth_cm": depth, "height_cm": height, "text": f"Seat {key}", **about}
+
+
+def test_templates_are_filled_in_lower_case_with_each_own_caption(tmp_path: Path) -> None:
+    rows = [
+        {"key": "a", "text": ["TV stand", "Low table"], "class": "coffee_table", "legs": 4.0, "weight": 2.5},
+        {"key": "b", "text": "Low  table", "class": "coffee_table", "legs": 3, "category": "Living room"},
+    ]
+    pictures(tmp_path / "raw", rows)
+    plan = templates("{text}", "A {class}", "{text} of {legs} legs, {weight} kg", "{text}, {category}", "a {{thing}}")
+    assert made(tmp_path / "raw", plan) == {
+        "a": "tv stand\nlow table\na coffee table\ntv stand of 4 legs, 2.5 kg\nlow table of 4 legs, 2.5 kg\na {thing}",
+        "b": "low table\na coffee table\nlow table, living room\na {thing}",
+    }
+
+
+def test_sizes_are_words_for_the_outer_thirds_of_a_class(tmp_path: Path) -> None:
+    rows = [
+        sized(f"c{i}", 10 * width, 50, height, **{"class": "chair"})
+        for i, (width, height) in enumerate(
+            [(6, 10), (5, 20), (4, 30), (3, 40), (2, 50), (1, 90)]  # volumes over 5,000: 6, 10, 12, 12, 10, 9
+        )
+    ]
+    rows += [sized(f"t{i}", 500 + i, 500, 500, **{"class": "table"}) for i in range(2)]  # too few to compare
+    rows += [sized(f"x{i}", 1 + i, 1, 1) for i in range(3)]
+    pictures(tmp_path / "raw", rows)
+    found = made(tmp_path / "raw", templates("{size}", "{height}", "{width}"))
+    assert {key: text.split() for key, text in found.items()} == {
+        "c0": ["small", "low", "wide"],
+        "c1": ["low", "wide"],
+        "c2": ["large"],
+        "c3": ["large"],
+        "c4": ["tall", "narrow"],
+        "c5": ["small", "tall", "narrow"],
+        "t0": [],
+        "t1": [],
+        "x0": ["small", "narrow"],
+        "x1": [],
+        "x2": ["large", "wide"],
+    }
+
+
+def test_equal_measurements_share_a_word_or_have_none(tmp_path: Path) -> None:
+    heights = {"a": 1, "b": 1, "c": 1, "d": 2, "e": 3, "f": 3}
+    pictures(tmp_path / "raw", [sized(key, 7, 7, height) for key, height in heights.items()])
+    found = made(tmp_path / "raw", templates("{height}", "{text}"))
+    # Of six the outer thirds are two: three equal ones are not two, and two are.
+    assert found == {key: ("tall\n" if key in "ef" else "") + f"seat {key}" for key in heights}
+
+
+def test_objects_are_compared_once_however_many_views_they_have(tmp_path: Path) -> None:
+    rows = []
+    for number, views in enumerate((1, 1, 9)):
+        write_transforms(tmp_path / "views" / f"o{number}", side=16, count=views)
+        rows.append(sized(f"o{number}", 1 + number, 1, 1))
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = made(tmp_path / "views", templates("{size}", layout="views"))
+    assert {(key.split("/")[0], text) for key, text in found.items()} == {("o0", "small"), ("o1", ""), ("o2", "large")}
+
+
+@pytest.mark.parametrize("value", [None, "unknown", 0, -3, "nan", "inf", [3]])
+def test_what_is_no_length_is_not_compared(tmp_path: Path, value: Any) -> None:
+    rows = [sized(f"a{i}", i + 1, 1, str(i + 1)) for i in range(3)] + [sized("b", 0.5, 1, value)]
+    pictures(tmp_path / "raw", rows)
+    found = made(tmp_path / "raw", templates("{size}", "{height}"))
+    assert found == {"a0": "small\nlow", "a1": "", "a2": "large\ntall", "b": ""}
+
+
+def test_a_field_of_the_metadata_goes_before_a_word_for_the_measurements(tmp_path: Path) -> None:
+    pictures(tmp_path / "raw", [sized(f"{i}", i + 1, 1, 1, **({"size": "Mid"} if i == 0 else {})) for i in range(3)])
+    assert made(tmp_path / "raw", templates("{size}")) == {"0": "mid", "1": "", "2": "large"}
+
+
+def test_a_template_that_lacks_a_value_gives_no_caption(tmp_path: Path) -> None:
+    rows = [{"key": "a", "text": "Chair", "colour": "Red"}, {"key": "b", "text": "Chair", "colour": " "}, {"key": "c"}]
+    pictures(tmp_path / "raw", rows)
+    plan = templates("a {colour} {text}", "a {text}")
+    assert made(tmp_path / "raw", plan) == {"a": "a red chair\na chair", "b": "a chair", "c": ""}
+    assert "txt" not in by_key(prepare_set(tmp_path / "raw", str(tmp_path / "out"), plan).parts["train"])["c"]
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "caption"),
+    [
+        ("a {text}", "Armchair", "an armchair"),
+        ("A {text}", "oak chair", "an oak chair"),
+        ("{text} or a  {text}", "Oven", "oven or an oven"),
+        ("a {text}", "upper cabinet", "an upper cabinet"),
+        ("a {text}", "Urn", "an urn"),
+        ("a {text}", "Urinal", "a urinal"),
+        ("a {text}", "utility cart", "a utility cart"),
+        ("a {text}", "European bed", "a european bed"),
+        ("a {text}", "one-seater", "a one-seater"),
+        ("a {text}", "onesie", "an onesie"),
+        ("a {text}", "chair", "a chair"),
+        ("a good {text}", "oven", "a good oven"),
+        ("vista {text}", "oven", "vista oven"),
+        ("{text} {text}", "plan a", "plan a plan a"),
+        ("{text} {class}", "plan a", "plan a oven"),
+    ],
+)
+def test_the_article_before_a_value_fits_its_sound(tmp_path: Path, template: str, text: str, caption: str) -> None:
+    pictures(tmp_path / "raw", [{"key": "a", "text": text, "class": "oven"}])
+    assert made(tmp_path / "raw", templates(template)) == {"a": caption}
+
+
+@pytest.mark.parametrize("template", ["a {", "a }", "{}", "{text!r}", "{text:>9}", "{a{b}}", "", " \n"])
+def test_a_malformed_template_is_one_clear_line(template: str) -> None:
+    with pytest.raises(ValueError, match=r"^--caption '.*it must be text with placeholders as \{class\}") as caught:
+        templates(template)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_placeholder_that_no_item_has_a_value_for_is_one_clear_line(tmp_path: Path) -> None:
+    pictures(tmp_path / "raw", [{"key": "a", "text": "x", "class": "chair", "empty": "", "list": [1], "yes": True}])
+    for name in ("colour", "size", "empty", "list", "yes", "text.upper"):
+        with pytest.raises(ValueError) as caught:
+            made(tmp_path / "raw", templates("{text}", f"a {{{name}}} {{text}}"))
+        assert str(caught.value) == (
+            f"--caption 'a {{{name}}} {{text}}': {{{name}}} is known of no item; use some of {{text}} {{class}}"
+        )
+    assert not (tmp_path / "out").exists()
+    save_picture(tmp_path / "bare/raw/a.png")
+    with pytest.raises(ValueError, match="use some of what --metadata says, which is nothing$"):
+        made(tmp_path / "bare/raw", templates("{text}"))
+
+
+def test_templates_change_neither_the_split_nor_what_is_chosen(tmp_path: Path) -> None:
+    rows = [{"key": f"{i:02d}", "text": [f"Name {i % 8}", f"other {i}"], "class": "ab"[i % 2]} for i in range(24)]
+    pictures(tmp_path / "raw", rows)
+    sides: list[list[list[str]]] = []
+    only = {"text": tuple(f"Name {i}" for i in range(6))}
+    for name, own in (("plain", ()), ("made", ("a {class}",))):
+        plan = Plan(split="text", val_fraction=0.4, only=only, captions=own)
+        parts = prepare_set(tmp_path / "raw", str(tmp_path / name), plan).parts
+        sides.append([list(by_key(parts[part])) for part in ("train", "val")])
+    assert sides[0] == sides[1] and sum(map(len, sides[0])) == 18
+    found = by_key(parts["val"])
+    assert {record["txt"] for record in found.values()} <= {b"a a", b"an a", b"a b"}
+
+
+def test_templates_are_recorded_and_sets_from_before_them_are_gone_on_with(tmp_path: Path) -> None:
+    pictures(tmp_path / "raw", [{"key": "a", "text": "one"}, {"key": "b", "text": "two"}])
+    made(tmp_path / "raw")
+    begun = json.loads((tmp_path / "out/prepare.json").read_text())
+    files = [["a", "a.png", (tmp_path / "raw/a.png").stat().st_size, "one", "train"]]
+    files += [["b", "b.png", (tmp_path / "raw/b.png").stat().st_size, "two", "train"]]
+    digest = hashlib.sha256("".join(map(json.dumps, files)).encode()).hexdigest()[:16]
+    assert "captions" not in begun and begun["source"] == digest  # as they were before there were templates
+    with pytest.raises(
+        ValueError, match=r"holds a set made with captions=None, now \['a \{text\}'\] \(2 differ: captions"
+    ):
+        made(tmp_path / "raw", templates("a {text}"))
+    (tmp_path / "out").rename(tmp_path / "before")
+    made(tmp_path / "raw", templates("a {text}"))
+    assert json.loads((tmp_path / "out/train/index.json").read_text())["protocol"]["captions"] == ["a {text}"]
+    assert made(tmp_path / "raw", templates("a {text}")) == {"a": "a one", "b": "a two"}
+
+
+def test_other_measurements_are_another_source_where_captions_are_made_of_them(tmp_path: Path) -> None:
+    for widths, message in (((1, 2, 3), ""), ((1, 2, 4), ""), ((3, 2, 1), "holds a set made with source=")):
+        pictures(tmp_path / "raw", [sized(f"{i}", width, 1, 1) for i, width in enumerate(widths)])
+        if message:
+            with pytest.raises(ValueError, match=message):
+                made(tmp_path / "raw", templates("{width}"))
+        else:
+            made(tmp_path / "raw", templates("{width}"))

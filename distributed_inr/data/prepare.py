@@ -18,6 +18,7 @@ from distributed_inr import config
 from distributed_inr.data import storage
 from distributed_inr.data.cache import Cache
 from distributed_inr.data.layouts import SOURCES, Item, Part, Source, select
+from distributed_inr.data.layouts.captions import parse, templated
 from distributed_inr.data.layouts.item import Unusable
 from distributed_inr.data.shard_writer import ShardWriter
 from distributed_inr.data.shards import OpenShard, Shard, ShardIndex, load_index, read_index
@@ -50,6 +51,7 @@ class Plan:
         val_per_class: instead, this many of each class.
         val_gap: items left out before those held out by time; more, if more overlap them.
         split_seed: another number holds out others.
+        captions: templates that captions are made by once the split is known; none keeps the items' own.
         form: how items are brought to one kind of record; None takes the domain's defaults.
     """
 
@@ -61,6 +63,7 @@ class Plan:
     val_per_class: int | None = None
     val_gap: int = 1
     split_seed: int = 0
+    captions: tuple[str, ...] = ()
     form: Any = None
     shard_bytes: int = 256 * 2**20
     shard_samples: int = 10_000
@@ -77,6 +80,8 @@ class Plan:
             raise ValueError(f"--val-fraction {self.val_fraction} must lie in [0, 1); try 0.05")
         if self.val_gap < 0:
             raise ValueError(f"--val-gap {self.val_gap} must be at least 0")
+        for template in self.captions:
+            parse(template)
 
     @property
     def source(self) -> Source:
@@ -113,6 +118,7 @@ def prepare_set(source: Path, out: str, plan: Plan, *, metadata: Path | None = N
             raise ValueError(f"{source}: {names[item.key]} and {item.name} would have one key; rename one")
         names[item.key] = item.name
     split, sides = _split(found, plan)
+    found = templated(found, plan.captions) if plan.captions else found
     protocol = _protocol(plan, split, found, sides)
     _begin(out, protocol)
 
@@ -336,6 +342,8 @@ def _protocol(plan: Plan, split: str, found: list[Item], sides: list[Part | None
         texts = item.text if len(item.captions) <= 1 else item.captions
         digest.update(json.dumps([item.key, item.name, item.size, texts, side]).encode())
     values = dataclasses.asdict(plan) | {"split": split, "source": digest.hexdigest()[:16]}
+    if not plan.captions:  # as it was when there were no templates
+        del values["captions"]
     return json.loads(json.dumps(values))
 
 
