@@ -12,12 +12,13 @@ from tiny_sets import by_key, png, save_picture, write_set
 
 from distributed_inr.data.prepare import Plan, prepare_set, verify
 from distributed_inr.data.shards import load_index
+from distributed_inr.domains.domain import caption, captions
 from distributed_inr.raw import pictures
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("name", ["furniture", "furniture-all"])
+@pytest.mark.parametrize("name", ["furniture", "furniture-all", "furniture-text"])
 def test_bundled_sets_are_whole_and_their_objects_on_one_side(name: str) -> None:
     sides = {}
     for part in ("train", "val"):
@@ -32,11 +33,23 @@ def test_bundled_sets_are_whole_and_their_objects_on_one_side(name: str) -> None
         assert (len(sides["train"]), len(sides["val"])) == (816, 72)
         assert len({json.loads(r["json"])["class"] for r in sides["val"].values()}) == 3
     else:
-        assert len(sides["train"]) + len(sides["val"]) == 4200
-        texts = [{r["txt"].lower() for r in side.values()} for side in sides.values()]
+        assert len(sides["train"]) + len(sides["val"]) == {"furniture-all": 4200, "furniture-text": 1344}[name]
+        texts = [{r["txt"].lower().split(b"\n")[0] for r in side.values()} for side in sides.values()]
         assert not texts[0] & texts[1]
     sample = next(iter(sides["val"].values()))
     assert pictures.decode(sample["webp"]).size == (128, 128)
+
+
+def test_bundled_captions_are_several_a_sample_of_names_on_one_side() -> None:
+    for name, count, longest in (("furniture-text", 7344, 34), ("furniture-shape", 2090, 37)):
+        sides = [by_key(load_index(f"bundled:{name}/{part}")) for part in ("train", "val")]
+        texts = [[captions(caption(record)) for record in side.values()] for side in sides]
+        every = [line for side in texts for own in side for line in own]
+        assert len(every) == count and max(map(len, every)) == longest and all(line == line.lower() for line in every)
+        assert not {own[0] for own in texts[0]} & {own[0] for own in texts[1]}
+        classes = {json.loads(record["json"]).get("class") for record in sides[1].values()} - {None}
+        assert len(classes) >= 3
+        assert all(verify(f"bundled:{name}/{part}") == [] for part in ("train", "val"))
 
 
 def job(*arguments: str) -> subprocess.CompletedProcess[str]:
