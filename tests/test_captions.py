@@ -154,6 +154,8 @@ def test_models_are_found_in_every_layout_by_folder_or_file(tmp_path: Path) -> N
     assert made(tmp_path / "pictures/raw", metadata=table) == {"chairs/m1/front": one, "chairs/m2": "two"}
     scenes = Plan(domain="scene", form=Form(size=16, num_points=50), split="none")
     assert made(tmp_path / "scenes/raw", scenes, metadata=table) == {"chairs/m1": one}
+    frame = sorted((tmp_path / "views/raw/m1").rglob("*.png"))[0].stem  # a name of no model
+    table.write_text(table.read_text() + f"{frame},a frame\n")
     assert set(made(tmp_path / "views/raw", Plan(layout="views", split="none"), metadata=table).values()) == {one}
 
 
