@@ -10,7 +10,7 @@ FROM ${BASE}
 
 # One more package index, for torch; none: pip's own.
 ARG TORCH_INDEX=
-ARG EXTRAS=s3,optuna
+ARG EXTRAS=s3,optuna,minilm
 
 # Kubernetes must see a number to know that it is not root; some base images have a user 1000 already.
 RUN groupadd --non-unique --gid 1000 ray \

@@ -77,7 +77,7 @@ def case_of(experiment: Experiment, name: str, size: int = MICRO) -> Case:
         return experiment.settle(1000).prior.build(model.latent_shape)
 
     stages = (0, 1, 2) if experiment.family == "chinr" and name == "autoencoder" else STAGES
-    return Case(build, lambda: make_signals(model, size, for_prior=name == "prior"), stages)
+    return Case(build, lambda: make_signals(model, size, for_prior=name == "prior", text=experiment.text), stages)
 
 
 def tiny(family: str) -> Experiment:
@@ -93,6 +93,7 @@ def odd_batch() -> Signal:
 
 def cases() -> dict[str, Case]:
     real = {f"{f} {n}": case_of(tiny(f), n) for f in ("ddmi", "chinr") for n in ("autoencoder", "prior")}
+    real["ddmi prior with text"] = case_of(override(tiny("ddmi"), {"text.kind": "minilm"}), "prior")
     return real | {"odd": Case(Odd, odd_batch), "few": Case(Few, odd_batch)}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_clip import NAME, register
 from tiny_domains import own_file, write_sets
 
 from distributed_inr import pipeline
@@ -13,6 +14,7 @@ from distributed_inr.config import leaves, override, parse
 from distributed_inr.domains import Image
 from distributed_inr.generation import load
 from distributed_inr.models import D2CVAE
+from distributed_inr.models.text import OpenCLIP
 from distributed_inr.presets import PRESETS
 
 TINY = {
@@ -91,14 +93,19 @@ def test_every_preset_trains_encodes_and_samples(family: str, name: str, tmp_pat
         changes |= TINY_FITTINGS[preset.autoencoder.fitting.kind]
     if isinstance(preset.domain, Image):
         changes["domain.source_size"] = 32 * preset.domain.source_size // preset.domain.size
+    if isinstance(preset.text, OpenCLIP):  # whose weights would have to be downloaded
+        register(tmp_path)
+        changes |= {"text.model": NAME, "text.pretrained": None}
     experiment = override(preset, changes)
-    write_sets(experiment.domain, tmp_path)
+    write_sets(experiment.domain, tmp_path, captioned=preset.text is not None)
     made = pipeline.run(experiment)
 
     model = load(made["run"])
     samples = model.sample(2, steps=2).render(20)
     assert len(samples) == 2 and samples.isfinite().all()
     assert not torch.equal(samples[0], samples[1])
+    if preset.text is not None:
+        assert model.sample(text=[f"a {model.domain.kind}", "a new one"], steps=2).render(20).isfinite().all()
     assert model.encode(own_file(model.domain, tmp_path)).render(20).isfinite().all()
 
 

@@ -95,13 +95,14 @@ def tiny_experiment(kind: str, family: str, folder: Path) -> Experiment:
     )
 
 
-def write_sets(domain: Domain, folder: Path, count: int = 6) -> None:
+def write_sets(domain: Domain, folder: Path, count: int = 6, *, captioned: bool = False) -> None:
     """Shards for training and for validation that a domain of these sizes reads."""
     for number, part in enumerate(("train", "val")):
         records = [RECORDS[domain.kind](domain, 100 * number + i) for i in range(count)]
         writer = ShardWriter(folder / part, domain=domain.kind, protocol=protocol(domain))
         for i, record in enumerate(records):
-            writer.write({"__key__": f"{i:04d}", **record})
+            text = {"txt": f"{domain.kind} {i}\na {domain.kind}".encode()} if captioned else {}
+            writer.write({"__key__": f"{i:04d}", **record, **text})
         writer.close()
 
 

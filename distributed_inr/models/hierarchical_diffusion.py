@@ -48,7 +48,7 @@ class HierarchicalDiffusion:
     text_dim: Annotated[int, pydantic.Field(gt=0)] | None = None
     """Numbers of a text token, which the network attends to. Set from the run's `text`; none: without text."""
 
-    def settle(self, num_signals: int, text_dim: int | None) -> "HierarchicalDiffusion":
+    def settle(self, num_signals: int, text_dim: int | None = None) -> "HierarchicalDiffusion":
         """With what depends on the number of training signals, and on the text encoder, set."""
         fitting = max(1, min(12, math.floor(math.log2(num_signals)) - 3))
         if self.condition_bits is None:

@@ -38,7 +38,7 @@ class LatentDiffusion:
     text_dim: Annotated[int, pydantic.Field(gt=0)] | None = None
     """Numbers of a text token, which the network attends to. Set from the run's `text`; none: without text."""
 
-    def settle(self, num_signals: int, text_dim: int | None) -> "LatentDiffusion":
+    def settle(self, num_signals: int, text_dim: int | None = None) -> "LatentDiffusion":
         """With what depends on the text encoder set; nothing does on the number of training signals."""
         return replace(self, text_dim=text_dim)
 

@@ -16,7 +16,7 @@ from distributed_inr.training.engine import Optim
 from distributed_inr.training.loop import Training
 
 _FURNITURE = Data(train="bundled:furniture-shape/train", val="bundled:furniture-shape/val", num_streams=8)
-_CHAIRS, _ALL_13 = 4_746, 30_661
+_CHAIRS, CHAIRS_AND_TABLES, _ALL_13 = 4_746, 10_703, 30_661
 """Training shapes of the sets that Occupancy Networks distribute."""
 
 
@@ -68,7 +68,7 @@ def ddmi_shapenet_chair() -> Experiment:
 
     Ours: not run.
     """
-    return _shapenet("shapenet-chair", shapes=_CHAIRS)
+    return shapenet("shapenet-chair", shapes=_CHAIRS)
 
 
 def ddmi_shapenet_13() -> Experiment:
@@ -79,10 +79,10 @@ def ddmi_shapenet_13() -> Experiment:
 
     Parameters as `shapenet-chair`. Ours: not run.
     """
-    return _shapenet("shapenet-13", shapes=_ALL_13)
+    return shapenet("shapenet-13", shapes=_ALL_13)
 
 
-def _shapenet(name: str, *, shapes: int) -> Experiment:
+def shapenet(name: str, *, shapes: int) -> Experiment:
     """The published recipe for occupancy (DDMI, appendix; sizes and schedules of the public configs)."""
     epochs, points = 300, 2048
     return Experiment(

@@ -9,9 +9,6 @@ from distributed_inr.experiment import Experiment
 from distributed_inr.models.text import MiniLM, OpenCLIP
 from distributed_inr.presets import ddmi, shapes
 
-_TEXT2SHAPE = 11_921
-"""Training shapes of Text2Shape: ShapeNet's chairs and tables."""
-
 
 def ddmi_furniture_shape_text() -> Experiment:
     """Occupancy of 351 bundled pieces of furniture, drawn from words; 49 more, of other names, are held out.
@@ -38,7 +35,7 @@ def ddmi_furniture_image_text() -> Experiment:
 
 
 def ddmi_text2shape() -> Experiment:
-    """Chairs and tables of ShapeNet from Text2Shape's captions (DDMI, table 7: accuracy 91.30, CLIP-S 30.30, TMD 0.204).
+    """ShapeNet's chairs and tables by Text2Shape's captions (DDMI, table 7: accuracy 91.30, CLIP-S 30.30, TMD 0.204).
 
     python jobs/prepare_data.py shape ShapeNet --layout occupancy-networks --only class=chair,table --points 10000 \\
         --metadata captions.tablechair.csv --out data/text2shape
@@ -46,13 +43,9 @@ def ddmi_text2shape() -> Experiment:
 
     Ours: not run.
     """
-    chairs = shapes.ddmi_shapenet_chair()
-    per_shape = _TEXT2SHAPE / 4_746
     return replace(
-        chairs,
-        name="text2shape",
-        data=Data(train="data/text2shape/train", val="data/text2shape/val", num_loaders=4),
-        text=OpenCLIP(),
+        shapes.shapenet("text2shape", shapes=shapes.CHAIRS_AND_TABLES),
+        text=OpenCLIP(model="ViT-L-14", pretrained="openai"),
     )
 
 
