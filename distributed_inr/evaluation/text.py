@@ -1,0 +1,301 @@
+"""How well samples follow their text, how different those of one text are, and whether they are copies."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from distributed_inr.domains import AnyDomain
+from distributed_inr.domains.domain import captions
+from distributed_inr.evaluation import classifier as classification
+from distributed_inr.evaluation import metrics
+from distributed_inr.evaluation.classifier import Classifier, Labelled, labelled
+from distributed_inr.evaluation.distances import Observer, Traits
+from distributed_inr.evaluation.splits import MAX_TRAINING_SIGNALS, Advance, Split, spread
+from distributed_inr.generation import FieldModel
+
+Draw = Callable[[list[str], int], Tensor]
+"""Called with prompts and a number of samples for each; gives latents, all of the first prompt first."""
+
+SAMPLES = 10
+"""Samples of each prompt: as many as total mutual differences are reported for."""
+MAX_CAPTIONS = 32
+"""Held-out captions, evenly spaced, that samples are drawn for."""
+
+
+class ImageTower(nn.Module):
+    """The image half of a model such as CLIP, shown pictures as open_clip prepares them: the shorter side bicubic, the
+    middle square, standardised.
+
+    Args:
+        name: of the model and its weights, for reports.
+        encode: `encode_image` of an open_clip model; the others are its `visual.image_size`, `image_mean`, `image_std`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        encode: Callable[[Tensor], Tensor],
+        *,
+        pixels: int,
+        mean: Sequence[float],
+        deviation: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.name, self.encode, self.pixels = name, encode, pixels
+        self.mean, self.deviation = tuple(mean), tuple(deviation)
+
+    def forward(self, pictures: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        height, width = pictures.shape[-2:]
+        size = [round(side * self.pixels / min(height, width)) for side in (height, width)]
+        if size != [height, width]:
+            pictures = F.interpolate(pictures, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = ((side - self.pixels) // 2 for side in size)
+        pictures = pictures[..., top : top + self.pixels, left : left + self.pixels]
+        mean, deviation = pictures.new_tensor(self.mean), pictures.new_tensor(self.deviation)
+        return self.encode((pictures - mean.view(3, 1, 1)) / deviation.view(3, 1, 1))
+
+
+def clip_score(
+    pictures: Float[Tensor, "batch 3 height width"],
+    text_embeddings: Float[Tensor, "batch dim"],
+    image_tower: Callable[[Tensor], Tensor],
+) -> float:
+    """CLIP-S: 100 times the mean over pairs of max(cos(image, text), 0) (Hessel et al., 2021, scale it by 2.5)."""
+    return _mean_cosine(image_tower(pictures), text_embeddings)
+
+
+def _mean_cosine(images: Tensor, texts: Tensor) -> float:
+    return 100 * F.cosine_similarity(images.float(), texts.float().to(images.device)).clamp(min=0).mean().item()
+
+
+def total_mutual_difference(samples: Traits, count: int) -> dict[str, Any]:
+    """Total mutual difference (Wu et al., 2020): of the k samples of a prompt, the sum of each one's mean distance to
+    the other k - 1; the mean of that over prompts. Higher is more diverse.
+
+    TMD = mean over prompts of sum_i 1 / (k - 1) sum_{j != i} d(i, j). The distance d is the Chamfer distance of
+    surfaces (squared lengths, where half the cube's side is 1) where there are such, else the root mean square
+    difference of thumbnails. Samples without a surface are left out: of a prompt with m < k others, the mean over its
+    pairs is taken for all k; a prompt with one or none does not count.
+
+    Args:
+        samples: `count` of each prompt, all of the first prompt first.
+    """
+    values, surfaces = [], samples.surfaces
+    rows = samples.thumbnails if surfaces is None else surfaces
+    has_surface = ~rows.isnan().flatten(1).any(1)
+    for part, usable in zip(rows.split(count), has_surface.split(count), strict=True):
+        part = part[usable]
+        if len(part) < 2:
+            continue
+        if surfaces is None:
+            pairs = torch.pdist(part.double()) / part.shape[1] ** 0.5
+        else:
+            pairs = torch.cat([metrics.chamfer(part[i : i + 1], part[i + 1 :]) for i in range(len(part) - 1)])
+        values.append(count * pairs.double().mean().item())
+    what = "root mean square difference of {} numbers" if surfaces is None else "Chamfer distance of {} surface points"
+    found: dict[str, Any] = {
+        "value": sum(values) / len(values) if values else None,
+        "distance": what.format(rows.shape[1]),
+        "samples_per_prompt": count,
+        "prompts": len(values),
+    }
+    return found if surfaces is None else found | {"empty_samples": int((~has_surface).sum())}
+
+
+def confusion(
+    predicted: Int64[Tensor, " count"], true: Int64[Tensor, " count"], classes: Sequence[str]
+) -> Int64[Tensor, "true predicted"]:
+    """How many of each true class (rows) are taken for each class (columns)."""
+    size = len(classes)
+    return torch.bincount(true * size + predicted, minlength=size * size).view(size, size)
+
+
+def nearest_training(domain: AnyDomain, samples: Tensor, training: Split, advance: Advance) -> Float[Tensor, " count"]:
+    """How near each sample is to its nearest training signal (of at most 2048, evenly spaced) or its augmented copy:
+    the largest IoU where IoU is the domain's first metric, else the smallest root mean square distance of thumbnails.
+
+    Args:
+        samples: as `comparand` gives them.
+    """
+    best, samples = None, samples.to(training.device)
+    for signal in training.batches(training.spread(MAX_TRAINING_SIGNALS)):
+        for copy in domain.copies(signal):
+            known = comparand(domain, domain.truth(copy))
+            if domain.metrics[0] == "iou":
+                near = torch.cat([_iou(part, known).max(1).values for part in samples.split(training.batch_size)])
+                best = near if best is None else torch.maximum(best, near)
+            else:
+                near = metrics.nearest(samples, known)[0]
+                best = near if best is None else torch.minimum(best, near)
+        advance(len(signal))
+    assert best is not None
+    return best.cpu()
+
+
+def comparand(domain: AnyDomain, rendered: Tensor) -> Tensor:
+    """What renderings are compared by: their cells where IoU is the domain's first metric, else their thumbnails."""
+    return (rendered > 0.5).flatten(1) if domain.metrics[0] == "iou" else domain.thumbnails(rendered)
+
+
+def _iou(first: Bool[Tensor, "a cells"], second: Bool[Tensor, "b cells"]) -> Float[Tensor, "a b"]:
+    both = first.float() @ second.float().T  # whole numbers below 2^24: exact
+    union = first.sum(1, keepdim=True) + second.sum(1) - both
+    return torch.where(union > 0, both / union.clamp(min=1), 1.0)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Samples of prompts: their traits, and what they are compared by."""
+
+    prompts: list[str]
+    expected: list[int]
+    traits: Traits
+    comparands: Tensor
+
+
+def measure_text(
+    model: FieldModel,
+    draw: Draw,
+    training: Split,
+    held_out: Split | None,
+    *,
+    left_out: dict[str, str],
+    classes: Sequence[str] | None = None,
+    count: int = SAMPLES,
+    tower: ImageTower | None = None,
+    encode_text: Callable[[list[str]], Float[Tensor, "prompts dim"]] | None = None,
+    advance: Advance = lambda _: None,
+) -> dict[str, Any]:
+    """Samples of the words of classes, and of held-out captions that no training signal has, and what is expected of
+    either without text. Renderings must be comparable (`Domain.comparable`).
+
+    Args:
+        left_out: gets the reasons for what could not be measured.
+        classes: to tell; None takes all of the records' classes that have enough training signals.
+        count: samples of each prompt, at least 2.
+        tower: with `encode_text`, its other half; None leaves CLIP-S out.
+        advance: told of signals and samples that are done.
+    """
+    domain = model.domain
+    known, others = labelled(model, training), [] if held_out is None else labelled(model, held_out)
+    sizes = Counter(one.name for one in known if one.name and (classes is None or one.name in classes))
+    names = sorted(name for name, size in sizes.items() if size >= classification.MIN_SIGNALS)
+    towers = [] if tower is None or encode_text is None else [tower]
+    if not towers:
+        left_out["clip_s"] = "the prior's text encoder has no image tower"
+    network = metrics.EfficientNetLite0().to(model.device)
+    observer = Observer(domain, [network, *towers], model.experiment.evaluation.surface_points)
+    plain, told, result = replace(observer, networks=[network], surface_points=0), None, {}
+    if len(names) < 2:
+        left_out["accuracy by text"] = (
+            f"{len(names)} of the classes in the training records have {classification.MIN_SIGNALS} or more signals; "
+            "a classifier needs 2 such"
+        )
+    else:
+        told, result["classifier"] = classification.classify(plain, training, known, held_out, others, names, advance)
+
+    def sample(prompts: list[str], expected: list[int]) -> _Drawn:
+        latents, size = draw(prompts, count), model.experiment.evaluation.batch_size
+        assert len(latents) == len(prompts) * count, f"{len(latents)} latents of {len(prompts)} x {count} samples"
+        compared: list[Tensor] = []
+
+        def renderings() -> Iterator[Tensor]:
+            for part in latents.split(size):
+                rendered = model.decode(part).render(domain.size)
+                compared.append(comparand(domain, rendered).cpu())
+                yield rendered
+
+        traits = observer.traits(renderings(), advance)
+        return _Drawn(prompts, expected, traits, torch.cat(compared))
+
+    sets: dict[str, _Drawn] = {}
+    if told is not None:
+        sets["class words"] = sample([prompt(name) for name in names], list(range(len(names))))
+    unseen = unseen_captions(known, others, names)
+    if unseen:
+        chosen = [unseen[i] for i in spread(len(unseen), MAX_CAPTIONS)]
+        expected = [names.index(name) for _, name in chosen] if told is not None else []
+        sets["held-out captions"] = sample([text for text, _ in chosen], expected)
+    else:
+        left_out["held-out captions"] = "no held-out signal of a class has a caption that no training signal has"
+    if not sets:
+        return result
+    without = sample([""] * max(len(names), 2), [])
+
+    blind = None if told is None else told.predict(without.traits)
+    result["samples_per_prompt"] = count
+    for what, drawn in sets.items():
+        found: dict[str, Any] = {"prompts": drawn.prompts, "samples": len(drawn.comparands)}
+        if told is not None and blind is not None:
+            found |= _agreement(told, drawn, blind, count)
+        if towers and encode_text is not None:
+            texts = encode_text(drawn.prompts).repeat_interleave(count, dim=0)
+            found["clip_s"] = {"value": _mean_cosine(drawn.traits.features[1], texts), "encoder": towers[0].name}
+        result[what] = found | {"tmd": total_mutual_difference(drawn.traits, count)}
+    alone = {"samples": len(without.comparands), "tmd": total_mutual_difference(without.traits, count)}
+    result["without text"] = alone
+    if blind is not None:
+        shares = torch.bincount(blind, minlength=len(names)).double() / len(blind)
+        result["without text"]["taken_for"] = dict(zip(names, shares.tolist(), strict=True))
+    return result | {
+        "nearest_training": _nearest(domain, {**sets, "without text": without}, training, held_out, advance)
+    }
+
+
+def prompt(name: str) -> str:
+    """The word of a class as a text: a chair, an armchair."""
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def unseen_captions(
+    known: Sequence[Labelled], others: Sequence[Labelled], names: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Captions, each once, that only held-out signals have, with their class; of those classes, where any are given."""
+    seen = {line.strip().lower() for one in known for line in captions(one.text)}
+    found = {}
+    for one in others:
+        for line in captions(one.text):
+            if line.strip().lower() not in seen and (not names or one.name in names):
+                found.setdefault(line.strip().lower(), (line.strip(), one.name))
+    return list(found.values())
+
+
+def _agreement(told: Classifier, drawn: _Drawn, blind: Tensor, count: int) -> dict[str, Any]:
+    """How often the classifier finds the prompted class, and how often it would by chance: the expected agreement of
+    prompts with samples drawn without text.
+    """
+    true = torch.tensor(drawn.expected).repeat_interleave(count)
+    predicted, size = told.predict(drawn.traits), len(told.classes)
+    matrix = confusion(predicted, true, told.classes)
+    of_class, by_chance = matrix.sum(1), torch.bincount(blind, minlength=size).double() / len(blind)
+    shares = matrix.diagonal().double() / of_class.clamp(min=1)
+    return {
+        "accuracy": (predicted == true).double().mean().item(),
+        "chance": (of_class.double() / len(true) @ by_chance).item(),
+        "by_class": {name: shares[i].item() for i, name in enumerate(told.classes) if of_class[i]},
+        "chance_by_class": {name: by_chance[i].item() for i, name in enumerate(told.classes) if of_class[i]},
+        "confusion": matrix.tolist(),
+    }
+
+
+def _nearest(
+    domain: AnyDomain, sets: dict[str, _Drawn], training: Split, held_out: Split | None, advance: Advance
+) -> dict[str, Any]:
+    """How near samples of each kind, and held-out signals, are to their nearest training signals."""
+    parts = {what: drawn.comparands for what, drawn in sets.items()}
+    if held_out is not None:
+        signals = held_out.batches(held_out.spread(max(len(part) for part in parts.values())))
+        parts["held out"] = torch.cat([comparand(domain, domain.truth(signal)).cpu() for signal in signals])
+    values = nearest_training(domain, torch.cat(list(parts.values())), training, advance)
+    is_iou = domain.metrics[0] == "iou"
+    found: dict[str, Any] = {"measure": "IoU" if is_iou else "root mean square difference of thumbnails"}
+    for what, own in zip(parts, values.split([len(part) for part in parts.values()]), strict=True):
+        nearest = own.max() if is_iou else own.min()
+        found[what] = {"median": own.median().item(), "nearest": nearest.item(), "values": own.tolist()}
+    return found
