@@ -14,7 +14,7 @@ from tiny_solids import BALL, BOX, DOMAIN, grid, solid_model, write_solids
 from distributed_inr.domains.domain import captions
 from distributed_inr.domains.image import to_pillow
 from distributed_inr.evaluation import metrics, text
-from distributed_inr.evaluation.classifier import Labelled, cross_validated, labelled, train_classifier
+from distributed_inr.evaluation.classifier import Labelled, cross_validated, labelled, train_classifier, unseen_captions
 from distributed_inr.evaluation.distances import Observer, Traits
 from distributed_inr.evaluation.splits import Split
 from distributed_inr.evaluation.text_report import text_section, write_confusion
@@ -37,6 +37,13 @@ def test_total_mutual_difference_is_that_by_hand():
     found = text.total_mutual_difference(Traits(numbers[:3], [], points), 3)
     assert found["value"] == pytest.approx(2 * ((1 + 4) / 2 + (1 + 5) / 2 + (4 + 5) / 2))
     assert found["distance"] == "Chamfer distance of 1 surface points" and found["empty_samples"] == 0
+
+
+def test_total_mutual_difference_has_the_chamfer_distances_of_all_pairs():
+    surfaces = torch.rand(4, 50, 3, generator=torch.Generator().manual_seed(0))
+    pairs = [metrics.chamfer(surfaces[i : i + 1], surfaces[j : j + 1]) for i in range(4) for j in range(i)]
+    found = text.total_mutual_difference(Traits(torch.zeros(4, 2), [], surfaces), 4)
+    assert found["value"] == pytest.approx(4 * sum(pairs).item() / 6, rel=1e-5)
 
 
 def test_total_mutual_difference_leaves_out_samples_without_a_surface():
@@ -85,8 +92,8 @@ def test_unseen_captions_are_those_of_held_out_signals_alone_each_once():
         Labelled(1, "box", "red  box\nred ball"),
         Labelled(2, "", "odd"),
     ]
-    assert text.unseen_captions(known, others, ["ball", "box"]) == [("Red ball", "ball"), ("red  box", "box")]
-    assert ("odd", "") in text.unseen_captions(known, others, [])
+    assert unseen_captions(known, others, ["ball", "box"]) == [("Red ball", "ball"), ("red  box", "box")]
+    assert ("odd", "") in unseen_captions(known, others, [])
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +231,10 @@ def test_samples_that_follow_their_text_are_measured_as_such(solids: Path, tmp_p
     with PillowImage.open(tmp_path / "confusion.png") as picture:
         assert np.asarray(picture).std() > 10 and min(picture.size) > 300
     page = "\n".join(text_section(result))
-    assert "100% of 4 held-out signals" in page and "| 2 class words | 1.000 | 0.500 |" in page
+    assert (
+        "100% of 4 held-out ones and 100% in cross-validation, but 100% of those" in page
+        and "| 2 class words | 1.000 | 0.500 |" in page
+    )
     assert "![confusion](confusion.png)" in page and "CLIP-S" not in page
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from distributed_inr.domains.domain import Record, Signal, caption
+from distributed_inr.domains.domain import Record, Signal, caption, captions
 from distributed_inr.evaluation.distances import Observer, Traits
 from distributed_inr.evaluation.splits import Advance, Split, spread
 from distributed_inr.generation import FieldModel
@@ -67,6 +67,19 @@ def _read(record: Record, seed: int) -> Signal:
     name = " ".join(name.split()) if isinstance(name, str) else ""
     nothing = torch.tensor(0)
     return Signal(record["__key__"], torch.tensor(seed), nothing, nothing, text=f"{name}\n{caption(record)}")
+
+
+def unseen_captions(
+    known: Sequence[Labelled], others: Sequence[Labelled], names: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Captions, each once, that only held-out signals have, with their class; of those classes, where any are given."""
+    seen = {line.strip().lower() for one in known for line in captions(one.text)}
+    found = {}
+    for one in others:
+        for line in captions(one.text):
+            if line.strip().lower() not in seen and (not names or one.name in names):
+                found.setdefault(line.strip().lower(), (line.strip(), one.name))
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -181,6 +194,7 @@ def classify(
     return told, found | {
         "cross_validated_accuracy": again.double().mean().item(),
         "cross_validated_by_class": {n: again[labels == i].double().mean().item() for i, n in enumerate(classes)},
+        "training_accuracy": (told.predict(traits) == labels).double().mean().item(),
         "folds": f"{_FOLDS}, each text in one" if by_text else f"{_FOLDS}",
         "training_signals": {name: sum(one.name == name for one in signals) for name in classes},
     }

@@ -15,9 +15,12 @@ from distributed_inr.data import storage
 from distributed_inr.evaluation import report
 from distributed_inr.evaluation.distances import CHECKPOINT_SAMPLES, checkpoints, distances, num_held_out, num_samples
 from distributed_inr.evaluation.reconstructions import kept_back, reconstructions
-from distributed_inr.evaluation.splits import MAX_TRAINING_SIGNALS, Split, survey
+from distributed_inr.evaluation.splits import MAX_TRAINING_SIGNALS, SHOWN, Split, survey
+from distributed_inr.evaluation.text import ImageTower, measure_text
+from distributed_inr.evaluation.text_report import write_confusion
 from distributed_inr.files import make_folder
 from distributed_inr.generation import FieldModel, load
+from distributed_inr.models.text import OpenCLIP
 from distributed_inr.training.checkpoint_reader import BANK
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -65,13 +68,38 @@ def evaluate(
         left_out["samples"] = f"{model.folder}/prior/model.safetensors does not exist: the prior is not trained"
     else:
         result["samples"] = distances(model, training, held_out, known, pictures, bar.advance, left_out)
+        if experiment.text is not None and known is not None:
+            result["text"] = _text(model, training, held_out, pictures, left_out)
 
     result |= {"left_out": left_out, "seconds": round(time.monotonic() - begin, 1)}
-    names = pictures.write(folder)
+    names = pictures.write(folder) + write_confusion(result.get("text", {}), folder)
     storage.write_atomic(str(folder / "evaluation.json"), json.dumps(result, indent=2).encode() + b"\n")
     (folder / "report.md").write_text(report.markdown(experiment, result, names))
     bar.finish()
     return result
+
+
+def _text(
+    model: FieldModel, training: Split, held_out: Split | None, pictures: report.Pictures, left_out: dict[str, str]
+) -> dict[str, Any]:
+    """How samples of a run with text follow it; the first ones of the words of classes are kept for a sheet."""
+    cfg, domain, drawn = model.experiment.text, model.domain, dict[str, torch.Tensor]()
+    tower, encode_text = None, None
+    if isinstance(cfg, OpenCLIP):
+        encoder = cfg.build(with_images=True).to(model.device)
+        tower, encode_text = ImageTower.of(encoder), lambda prompts: encoder(prompts).pooled
+
+    def draw(prompts: list[str], count: int) -> torch.Tensor:
+        latents = model.sample_latents(count, guide=model.guide(prompts), seed=model.experiment.seed)
+        drawn.update(zip(prompts, latents.split(count), strict=True))
+        return latents
+
+    found = measure_text(model, draw, training, held_out, left_out=left_out, tower=tower, encode_text=encode_text)
+    shown = found.get("class words", found.get("held-out captions", {"prompts": []}))["prompts"][:SHOWN]
+    for prompt in shown:
+        rendered = model.decode(drawn[prompt][:SHOWN]).render(domain.size)
+        pictures.prompts[prompt] = list(domain.pictures(rendered).cpu())
+    return found
 
 
 class Bar:

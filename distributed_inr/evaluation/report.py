@@ -8,6 +8,7 @@ from torch import Tensor
 
 from distributed_inr.domains import AnyDomain
 from distributed_inr.evaluation.metrics import FORMATS
+from distributed_inr.evaluation.text_report import text_section
 from distributed_inr.experiment import Experiment
 from distributed_inr.models import LayersOfExperts
 from distributed_inr.models.latent_fitting import MetaLearning
@@ -24,6 +25,7 @@ class Pictures:
         reconstructions: for each held-out signal, the columns of its row.
         samples: the same samples at each resolution.
         neighbours: (sample, nearest training signal, distance).
+        prompts: samples of each prompt.
         held_out_distance: median distance of held-out signals to their nearest training signals.
     """
 
@@ -31,6 +33,7 @@ class Pictures:
     reconstructions: list[dict[str, Tensor]] = field(default_factory=list)
     samples: dict[int, Tensor] = field(default_factory=dict)
     neighbours: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
+    prompts: dict[str, list[Tensor]] = field(default_factory=dict)
     held_out_distance: float | None = None
 
     def write(self, folder: Path) -> list[str]:
@@ -51,6 +54,10 @@ class Pictures:
             images = [fit(picture, max(cell, min(resolution, pictures.shape[-2]))) for picture in pictures]
             sheet(in_rows(images)).save(folder / f"samples-{resolution}.png")
             names.append(f"samples-{resolution}.png")
+        if self.prompts:
+            rows = [[fit(picture, cell) for picture in row] for row in self.prompts.values()]
+            sheet(rows, row_titles=[titled(prompt) for prompt in self.prompts]).save(folder / "prompts.png")
+            names.append("prompts.png")
         if self.neighbours:
             samples, nearest, distances = zip(*self.neighbours, strict=True)
             title = f"root mean square distance to the nearest training {domain.noun}"
@@ -87,6 +94,8 @@ def markdown(experiment: Experiment, result: dict[str, Any], pictures: list[str]
         lines += (
             _kid(samples, domain) + _surfaces(samples) + _inception(samples) + _neighbours(samples, pictures, domain)
         )
+    if "text" in result:
+        lines += text_section(result["text"]) + _show(pictures, "prompts.png") + _show(pictures, "confusion.png")
     if result["left_out"]:
         lines += ["## Left out", "", *(f"- {name}: {reason}" for name, reason in result["left_out"].items()), ""]
     lines += [f"Measured in {result['seconds']:.0f} s. All figures: evaluation.json.", ""]

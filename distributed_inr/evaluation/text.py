@@ -3,21 +3,23 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
+from scipy.spatial import KDTree
 from torch import Tensor, nn
 
 from distributed_inr.domains import AnyDomain
-from distributed_inr.domains.domain import captions
 from distributed_inr.evaluation import classifier as classification
 from distributed_inr.evaluation import metrics
-from distributed_inr.evaluation.classifier import Classifier, Labelled, labelled
+from distributed_inr.evaluation.classifier import Classifier, labelled, unseen_captions
 from distributed_inr.evaluation.distances import Observer, Traits
 from distributed_inr.evaluation.splits import MAX_TRAINING_SIGNALS, Advance, Split, spread
 from distributed_inr.generation import FieldModel
+from distributed_inr.models.text import OpenCLIPEncoder
 
 Draw = Callable[[list[str], int], Tensor]
 """Called with prompts and a number of samples for each; gives latents, all of the first prompt first."""
@@ -49,6 +51,14 @@ class ImageTower(nn.Module):
         super().__init__()
         self.name, self.encode, self.pixels = name, encode, pixels
         self.mean, self.deviation = tuple(mean), tuple(deviation)
+
+    @staticmethod
+    def of(encoder: OpenCLIPEncoder) -> "ImageTower":
+        """That of an OpenCLIP model which kept it."""
+        visual = encoder.model.visual
+        size, about = visual.image_size, visual.preprocess_cfg
+        pixels, encode = size if isinstance(size, int) else min(size), encoder.model.encode_image
+        return ImageTower(encoder.name, encode, pixels=pixels, mean=about["mean"], deviation=about["std"])
 
     def forward(self, pictures: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         height, width = pictures.shape[-2:]
@@ -94,10 +104,9 @@ def total_mutual_difference(samples: Traits, count: int) -> dict[str, Any]:
         if len(part) < 2:
             continue
         if surfaces is None:
-            pairs = torch.pdist(part.double()) / part.shape[1] ** 0.5
+            values.append(count * (torch.pdist(part.double()) / part.shape[1] ** 0.5).mean().item())
         else:
-            pairs = torch.cat([metrics.chamfer(part[i : i + 1], part[i + 1 :]) for i in range(len(part) - 1)])
-        values.append(count * pairs.double().mean().item())
+            values.append(count * _mean_chamfer(part))
     what = "root mean square difference of {} numbers" if surfaces is None else "Chamfer distance of {} surface points"
     found: dict[str, Any] = {
         "value": sum(values) / len(values) if values else None,
@@ -106,6 +115,13 @@ def total_mutual_difference(samples: Traits, count: int) -> dict[str, Any]:
         "prompts": len(values),
     }
     return found if surfaces is None else found | {"empty_samples": int((~has_surface).sum())}
+
+
+def _mean_chamfer(surfaces: Float[Tensor, "count points 3"]) -> float:
+    """Mean Chamfer distance of all pairs, by trees: all distances of 2048 points to 2048 take far longer."""
+    trees = [KDTree(points.cpu().numpy()) for points in surfaces]
+    ways = [(tree.query(other.data)[0] ** 2).mean() for tree, other in permutations(trees, 2)]
+    return 2 * float(sum(ways)) / len(ways)  # there and back
 
 
 def confusion(
@@ -123,19 +139,18 @@ def nearest_training(domain: AnyDomain, samples: Tensor, training: Split, advanc
     Args:
         samples: as `comparand` gives them.
     """
-    best, samples = None, samples.to(training.device)
+    found, samples, by_iou = [], samples.to(training.device), domain.metrics[0] == "iou"
     for signal in training.batches(training.spread(MAX_TRAINING_SIGNALS)):
         for copy in domain.copies(signal):
             known = comparand(domain, domain.truth(copy))
-            if domain.metrics[0] == "iou":
-                near = torch.cat([_iou(part, known).max(1).values for part in samples.split(training.batch_size)])
-                best = near if best is None else torch.maximum(best, near)
+            if by_iou:
+                parts = [_iou(part, known).max(1).values for part in samples.split(training.batch_size)]
+                found.append(torch.cat(parts))
             else:
-                near = metrics.nearest(samples, known)[0]
-                best = near if best is None else torch.minimum(best, near)
+                found.append(metrics.nearest(samples, known)[0])
         advance(len(signal))
-    assert best is not None
-    return best.cpu()
+    together = torch.stack(found)
+    return (together.max(0) if by_iou else together.min(0)).values.cpu()
 
 
 def comparand(domain: AnyDomain, rendered: Tensor) -> Tensor:
@@ -151,8 +166,6 @@ def _iou(first: Bool[Tensor, "a cells"], second: Bool[Tensor, "b cells"]) -> Flo
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Samples of prompts: their traits, and what they are compared by."""
-
     prompts: list[str]
     expected: list[int]
     traits: Traits
@@ -251,19 +264,6 @@ def measure_text(
 def prompt(name: str) -> str:
     """The word of a class as a text: a chair, an armchair."""
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
-
-
-def unseen_captions(
-    known: Sequence[Labelled], others: Sequence[Labelled], names: Sequence[str]
-) -> list[tuple[str, str]]:
-    """Captions, each once, that only held-out signals have, with their class; of those classes, where any are given."""
-    seen = {line.strip().lower() for one in known for line in captions(one.text)}
-    found = {}
-    for one in others:
-        for line in captions(one.text):
-            if line.strip().lower() not in seen and (not names or one.name in names):
-                found.setdefault(line.strip().lower(), (line.strip(), one.name))
-    return list(found.values())
 
 
 def _agreement(told: Classifier, drawn: _Drawn, blind: Tensor, count: int) -> dict[str, Any]:

@@ -24,10 +24,7 @@ def confusion_figure(result: dict[str, Any]) -> Figure:
     classes, size = classifier["classes"], 2.4 + 0.55 * len(classifier["classes"])
     figure = Figure(figsize=(max(7.0, size * len(shown) + 0.6), size + 1.1), dpi=110, layout="constrained")
     title = "What a classifier takes samples for, by the class of their text"
-    if "held_out_accuracy" in classifier:
-        title += f"\nof {classifier['held_out_signals']} real held-out signals it tells "
-        title += f"{classifier['held_out_accuracy']:.0%}"
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(f"{title}\nof real signals it tells {_right(classifier)}", fontsize=11)
     for panel, what in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         found = result[what]
         counts = torch.tensor(found["confusion"])
@@ -54,8 +51,10 @@ def text_section(result: dict[str, Any]) -> list[str]:
         classifier = result["classifier"]
         lines += [
             f"Accuracy is that of {classifier['network']}, trained on {sum(classifier['training_signals'].values())} "
-            f"training signals of {len(classifier['classes'])} classes. {_sure(classifier)} Chance: the same samples' "
-            "texts against samples drawn without text.",
+            f"training signals of {len(classifier['classes'])} classes. Of real signals it "
+            f"tells {_right(classifier)}, but {classifier['training_accuracy']:.0%} of those that it was trained on: "
+            "it tells samples that copy them more surely than others. Chance: the same texts against samples drawn "
+            "without text.",
             "",
         ]
     columns = ["accuracy", "chance"] if "classifier" in result else []
@@ -86,15 +85,12 @@ def text_section(result: dict[str, Any]) -> list[str]:
     ]
     if "clip_s" in first:
         lines += [f"CLIP-S on {first['clip_s']['encoder']}.", ""]
-    if "classifier" in result:
-        lines += ["![confusion](confusion.png)", ""]
     return lines
 
 
-def _sure(classifier: dict[str, Any]) -> str:
-    """How far the classifier is to be believed."""
-    again = f"{classifier['cross_validated_accuracy']:.0%} of its training signals in cross-validation"
+def _right(classifier: dict[str, Any]) -> str:
+    """How many signals the classifier tells that it was not trained on."""
+    again = f"{classifier['cross_validated_accuracy']:.0%} in cross-validation"
     if "held_out_accuracy" not in classifier:
-        return f"It tells {again}."
-    seen = f"{classifier['held_out_accuracy']:.0%} of {classifier['held_out_signals']} held-out signals"
-    return f"It tells {seen}, and {again}."
+        return again
+    return f"{classifier['held_out_accuracy']:.0%} of {classifier['held_out_signals']} held-out ones and {again}"

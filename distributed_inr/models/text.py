@@ -144,7 +144,7 @@ class OpenCLIPEncoder(TextEncoder):
     """Tokens as the final normalisation of the text tower gives them, up to the end of the text.
 
     Args:
-        with_images: keep the image tower, for `images`.
+        with_images: keep the image tower too.
     """
 
     model: Any
@@ -197,17 +197,6 @@ class OpenCLIPEncoder(TextEncoder):
             pooled, tokens = self.model.encode_text(ids), kept[0]
             hook.remove()
         return Embedded(tokens.float(), self._mask(ids), F.normalize(pooled.float(), dim=-1))
-
-    def images(self, pictures: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch pooled"]:
-        """Embed pictures in [0, 1] as vectors of length 1, comparable with the pooled ones."""
-        about = self.model.visual.preprocess_cfg
-        size = self.model.visual.image_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        shrinking = pictures.shape[-1] > size[-1]
-        pictures = F.interpolate(pictures, size=size, mode="bicubic", antialias=shrinking).clamp(0, 1)
-        mean, deviation = pictures.new_tensor(about["mean"]), pictures.new_tensor(about["std"])
-        pictures = (pictures - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
-        return self.model.encode_image(pictures, normalize=True).float()
 
     def _mask(self, ids: Int64[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
         """Up to the end of the text; at least one token."""
