@@ -60,7 +60,8 @@ def sample_files(
             guidance as for `FieldModel.sample`.
         resolution: in the domain's `unit`; None takes its base resolution.
         fix_layers: of each sample, hold the latents of so many first layers and draw the others anew, `branches` times:
-            a row of the sheet for each sample, itself first. A .json beside the sheet says each one's seed.
+            a row of the sheet for each sample, itself first. A .json beside the sheet says each one's seed. With text,
+            only the sample itself is guided by it: under text, the others would hardly vary (LOG.md).
         branches: None takes 4.
         suffix: the kind of file, one of the domain's `suffixes`; None takes the first. What cannot be one, such as an
             empty shape as a mesh, is left out with a warning.
@@ -88,13 +89,7 @@ def sample_files(
     if fix_layers is not None:
         columns = 1 + branches
         drawn, own = model.sample_branches(
-            latents,
-            seeds,
-            fix_layers=fix_layers,
-            branches=branches,
-            guide=None if guide is None else guide.rows(torch.arange(len(latents)) // count),
-            steps=steps,
-            sampler=sampler,
+            latents, seeds, fix_layers=fix_layers, branches=branches, steps=steps, sampler=sampler
         )
         prompts = [prompt for prompt in prompts for _ in range(columns)]
         latents = torch.cat([latents[:, None], drawn], dim=1).flatten(0, 1)

@@ -15,6 +15,9 @@ def ddmi_furniture_shape_text() -> Experiment:
 
     python jobs/train_ddmi.py furniture-shape-text
     python jobs/sample.py runs/ddmi/furniture-shape-text --text "a round table" --text "an armchair" --guidance 3
+
+    A classifier finds the prompted one of six classes in 93 % of samples of class words at w = 3, and in 77 % of those
+    of captions never seen; by chance in 17 and 26 % (LOG.md).
     """
     return replace(shapes.ddmi_furniture_shape(), name="furniture-shape-text", text=MiniLM())
 
@@ -24,6 +27,8 @@ def ddmi_furniture_image_text() -> Experiment:
 
     python jobs/train_ddmi.py furniture-image-text
     python jobs/sample.py runs/ddmi/furniture-image-text --text "a sofa" --text "a tall lamp" --guidance 3
+
+    27.14 dB on held-out views; the rows of the grid are what their prompts say (LOG.md).
     """
     return replace(
         ddmi.furniture_image(),
@@ -54,6 +59,9 @@ def chinr_furniture_shape_text() -> Experiment:
 
     python jobs/train_chinr.py furniture-shape-text
     python jobs/sample.py runs/chinr/furniture-shape-text --text "a chair" --fix-layers 2 --branches 4 --count 2
+
+    The prompted one of six classes in 98 % of samples of class words at w = 3, and in 80 % of captions never seen; by
+    chance in 17 and 20 % (LOG.md).
     """
     return replace(shapes.chinr_furniture_shape(), name="furniture-shape-text", text=MiniLM())
 
