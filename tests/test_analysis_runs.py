@@ -260,7 +260,7 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.levels, self.spread, self.shift = levels, spread, shift
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, layers: Tensor, bits: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, timesteps: Tensor, layers: Tensor, bits: Tensor, text: None = None) -> Tensor:
         level, variance = self.levels[timesteps][:, None], (self.spread / (1 + layers[:, None])) ** 2
         mean = self.shift * (2 * bits - 1).sum(1, keepdim=True)
         return (level.sqrt() * variance * noisy + (1 - level) * mean) / (level * variance + 1 - level)

@@ -290,6 +290,7 @@ def test_prompts_become_a_labelled_grid_and_files(finished: Path, tmp_path: Path
     np.testing.assert_allclose(first, (again.permute(1, 2, 0) * 255).numpy(), atol=1)
 
 
+@pytest.mark.slow
 def test_the_sampling_job_reads_prompts_from_a_file(finished: Path, tmp_path: Path):
     """With prompts of the table, since a process of its own does not know the tiny model."""
     run = copy(finished, tmp_path)
