@@ -37,7 +37,7 @@ class Sampling:
     """Network evaluations a sample."""
     batch_size: Annotated[int, pydantic.Field(gt=0)] = 64
     """Samples drawn together; changes the memory needed, not the result."""
-    guidance: Annotated[float, pydantic.Field(ge=0)] = 3.0
+    guidance: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 3.0
     """Guidance scale w of samples with a prompt: 1 follows it as training did, more exaggerates it, 0 leaves it out."""
     guidance_interval: tuple[_Part, _Part] = (0.0, 1.0)
     """Of the noising chain, from 0 (clean) to 1, where there is guidance; elsewhere w = 1."""

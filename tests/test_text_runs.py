@@ -105,7 +105,9 @@ def test_a_table_holds_each_caption_once_unpadded_and_mapped(finished: Path, cli
 def test_a_table_that_is_not_whole_is_no_table(finished: Path, tmp_path: Path):
     run = copy(finished, tmp_path)
     (run / "text" / "table.json").write_text('{"version": 1, "encoder"')
-    with pytest.raises(ValueError, match=r"table.json cannot be read: .*; run the training job to make it again"):
+    with pytest.raises(
+        ValueError, match=r"table.json cannot be read: .*; delete .*/text and run the training job again"
+    ):
         TextTable.open(run / "text")
     (run / "text" / "table.json").write_text((finished / "text" / "table.json").read_text())
     (run / "text" / "tokens.npy").write_bytes(b"no array")

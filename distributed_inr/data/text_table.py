@@ -35,7 +35,7 @@ class TextTable:
         sha256: of the encoder's weights.
         width: numbers of a token.
         max_tokens: of the longest caption; what `lookup` pads to.
-        fingerprint: of all that it holds.
+        fingerprint: of its captions' hashes and tokens.
     """
 
     folder: Path
@@ -57,7 +57,9 @@ class TextTable:
                 raise ValueError("it is of another version")
             return TextTable(folder=folder, **about)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be read: {error}; run the training job to make it again") from None
+            raise ValueError(
+                f"{path} cannot be read: {error}; delete {folder} and run the training job again"
+            ) from None
 
     @property
     def identity(self) -> str:

@@ -31,7 +31,7 @@ Progress = Callable[[int, int, dict[str, float]], None]
 def evaluate(
     run: str | Path, *, out: Path | None = None, allow_pipe: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Measure a run and write evaluation.json, four pictures and report.md; returns what evaluation.json holds.
+    """Measure a run and write evaluation.json, pictures and report.md; returns what evaluation.json holds.
 
     Args:
         run: a run folder.

@@ -50,7 +50,7 @@ def ddmi_text2shape() -> Experiment:
     """
     return replace(
         shapes.shapenet("text2shape", shapes=shapes.CHAIRS_AND_TABLES),
-        text=OpenCLIP(model="ViT-L-14", pretrained="openai"),
+        text=OpenCLIP(model="ViT-L-14-quickgelu", pretrained="openai"),
     )
 
 
