@@ -130,7 +130,8 @@ def run(
                 encode.finish(inputs)
 
         if "text" in stages and experiment.text is not None:
-            inputs = {"train": train_index.fingerprint, "val": val_index.fingerprint if val_index else ""}
+            inputs = {"latents": experiment.data.index(str(encode.folder)).fingerprint}
+            inputs["val"] = val_index.fingerprint if val_index else ""
             if (weights := experiment.text.local_sha256) is not None:
                 inputs["weights"] = weights
                 _refuse_other_encoder(fit_prior, identity(experiment.text.label, weights))

@@ -15,28 +15,28 @@ from distributed_inr.data.text_table import write_table
 from distributed_inr.domains.domain import caption, captions
 from distributed_inr.experiment import Experiment
 from distributed_inr.launch import Worker
-from distributed_inr.models.text import load_encoder
 from distributed_inr.run_folder import Stage
 
 logger = logging.getLogger(__name__)
 
 
 def write_texts(worker: Worker, *, experiment: Experiment, stage: Stage) -> None:
-    """Embed the distinct captions of the training and the held-out set, and the empty prompt."""
+    """Embed the distinct captions of the latents, which the prior trains on, and of the held-out set; and no caption."""
     stage.check_shared()
     stage.clear()
     assert experiment.text is not None
     data = experiment.data
     found: set[str] = set()
-    for number, url in enumerate(url for url in (data.train, data.val) if url is not None):
+    latents = str(experiment.folder / "latents")
+    for number, url in enumerate(url for url in (latents, data.val) if url is not None):
         found.update(read_captions(data, data.index(url)))
         if number == 0 and not found:
             raise ValueError(
-                f"data.train={url!r} has no captions to condition on (text.kind={experiment.text.kind}); prepare it "
-                "with captions (see docs/data.md), or leave text out: --text.kind none"
+                f"data.train={data.train!r} has no captions to condition on (text.kind={experiment.text.kind}); prepare "
+                "it with captions (see docs/data.md), or leave text out: --text.kind none"
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = load_encoder(experiment.text, device)
+    encoder = experiment.text.build().to(device)
     try:
         table = write_table(stage.folder, found, encoder)
     except OSError as error:
