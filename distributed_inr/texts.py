@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_texts(worker: Worker, *, experiment: Experiment, stage: Stage) -> None:
-    """Embed the distinct captions of the latents, which the prior trains on, and of the held-out set; and no caption."""
+    """Embed the distinct captions of the latents, which the prior trains on, of the held-out set, and no caption."""
     stage.check_shared()
     stage.clear()
     assert experiment.text is not None
@@ -32,8 +32,8 @@ def write_texts(worker: Worker, *, experiment: Experiment, stage: Stage) -> None
         found.update(read_captions(data, data.index(url)))
         if number == 0 and not found:
             raise ValueError(
-                f"data.train={data.train!r} has no captions to condition on (text.kind={experiment.text.kind}); prepare "
-                "it with captions (see docs/data.md), or leave text out: --text.kind none"
+                f"data.train={data.train!r} has no captions to condition on (text.kind={experiment.text.kind}); "
+                "prepare it with captions (see docs/data.md), or leave text out: --text.kind none"
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = experiment.text.build().to(device)
