@@ -194,27 +194,23 @@ class FieldModel:
         *,
         fix_layers: int,
         branches: int,
-        guide: Guidance | None = None,
         steps: int | None = None,
         sampler: Sampler | None = None,
     ) -> tuple[Float[Tensor, "count branches layers latent_dim"], Int64[Tensor, "count branches"]]:
-        """Hold the first layers of each latent and draw the others anew, several times (CHINR, section 3.3).
+        """Hold the first layers of each latent and draw the others anew, without a prompt, several times (CHINR,
+        section 3.3).
 
         Returns the latents and the seed of each: branch j of a latent has `sample_seed(seed, j)`, and
         `prior.sample(seed, prefix=latent[:, :fix_layers])` draws it again.
 
         Args:
             seeds: of the latents, which the branches' own are made from (`seeds_for` for those of `sample_latents`).
-            guide: a prompt for each latent, which the other layers are drawn under; None is the empty prompt, in a run
-                with text.
         """
         prior, settings = self.branching_prior(fix_layers, branches), self.sampling_settings(steps, sampler)
         own = torch.tensor([[sample_seed(int(seed), j) for j in range(branches)] for seed in seeds])
         parts = []
         for rows in torch.arange(own.numel()).split(self.experiment.sampling.batch_size):
             held = latents[rows // branches, :fix_layers]
-            if guide is not None:
-                settings["guidance"] = guide.rows(rows // branches).to(self.device)
             parts.append(prior.sample(own.flatten()[rows].to(self.device), prefix=held, **settings))
         return torch.cat(parts).unflatten(0, own.shape), own
 

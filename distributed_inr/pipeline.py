@@ -79,6 +79,8 @@ def run(
     experiment = settle_output(experiment, shared=in_ray_job())
     train_index, val_index = indexes(experiment)
     experiment = experiment.settle(train_index.num_samples, train_index.protocol)
+    if "text" in stages and experiment.text is not None:
+        _ = experiment.text.local_sha256  # is there such an encoder?
     with torch.device("meta"):  # shapes only: what does not fit is found before anything is trained
         autoencoder = experiment.autoencoder.build(experiment.domain)
         prior = experiment.prior.build(autoencoder.latent_shape)

@@ -205,6 +205,15 @@ def test_other_weights_at_the_same_path_are_refused_before_anything_is_written(
         load_encoder.cache_clear()
 
 
+def test_an_encoder_that_there_is_not_is_said_before_anything_is_trained(home: Path, clip: OpenCLIP, tmp_path: Path):
+    output = {"output": str(tmp_path / "runs")}
+    with pytest.raises(ValueError, match=r"text.sha256=00ff: .*give the weights that are meant"):
+        pipeline.run(experiment(home, MiniLM(sha256="00ff"), **output))
+    with pytest.raises(ValueError, match=r"text.pretrained=nowhere.pt is neither a file nor one of open_clip's tags"):
+        pipeline.run(experiment(home, OpenCLIP(model=NAME, pretrained="nowhere.pt"), **output))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_set_without_captions_is_one_clear_line(tmp_path: Path, clip: OpenCLIP):
     write_sets(DOMAINS["image"], tmp_path)
     with pytest.raises(ValueError, match=r"data.train=.* has no captions to condition on \(text.kind=open-clip\)"):

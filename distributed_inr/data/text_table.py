@@ -24,6 +24,7 @@ from distributed_inr.domains.domain import Record, Signal, captions
 from distributed_inr.models.text import TextEncoder, one_line
 
 _VERSION = 1
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,10 @@ def read_captioned_latent(record: Record, seed: int, *, texts: TextTable, dropou
     return replace(signal, text=drawn, text_tokens=tokens, text_mask=mask)
 
 
-def write_table(folder: Path, prompts: Iterable[str], encoder: TextEncoder, *, batch_size: int = 64) -> TextTable:
+def write_table(folder: Path, prompts: Iterable[str], encoder: TextEncoder) -> TextTable:
     """Embed the distinct prompts, and the empty one, and write them to a folder."""
     distinct = _distinct(prompts)
-    rows = _embed(distinct, encoder, batch_size)
+    rows = _embed(distinct, encoder)
     return _write(folder, distinct, rows, encoder=encoder.name, sha256=encoder.sha256, width=encoder.width)
 
 
@@ -205,10 +206,10 @@ def _write(
 
 
 @torch.no_grad()
-def _embed(captions: Sequence[str], encoder: TextEncoder, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _embed(captions: Sequence[str], encoder: TextEncoder) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Tokens and vector of each caption, float16."""
-    for first in range(0, len(captions), batch_size):
-        part = list(captions[first : first + batch_size])
+    for first in range(0, len(captions), _BATCH):
+        part = list(captions[first : first + _BATCH])
         found = encoder(part)
         for caption, tokens, mask, pooled in zip(part, found.tokens, found.mask, found.pooled, strict=True):
             own, vector = tokens[mask].half(), pooled.half()

@@ -58,11 +58,19 @@ class OpenCLIP:
 
     @property
     def local_sha256(self) -> str | None:
-        """Of the weights, where they are known without a download."""
+        """Of the weights, where they are known without a download. Raises ValueError where there can be none such."""
         if self.pretrained is None:
             return hashlib.sha256(json.dumps(["random", self.model]).encode()).hexdigest()
         path = Path(self.pretrained).expanduser()
-        return _checked_sha256(path, self.sha256) if path.is_file() else None
+        if path.is_file():
+            return _checked_sha256(path, self.sha256)
+        tags = _open_clip_tags(self.model)
+        if self.pretrained not in tags:
+            raise ValueError(
+                f"text.pretrained={self.pretrained} is neither a file nor one of open_clip's tags for {self.model} "
+                f"({', '.join(tags) or 'there is none'}); give one of them, or the path of a checkpoint"
+            )
+        return None
 
     def build(self, *, with_images: bool = False) -> "OpenCLIPEncoder":
         """Load it. Raises ValueError where its weights cannot be had or are not those of `sha256`."""
@@ -164,8 +172,9 @@ class OpenCLIPEncoder(TextEncoder):
                 torch.manual_seed(0)
                 model = open_clip.create_model(cfg.model, pretrained=None)
         else:
+            known = cfg.local_sha256
             path = _open_clip_weights(cfg)
-            self.sha256 = cfg.local_sha256 or _checked_sha256(path, cfg.sha256)
+            self.sha256 = known or _checked_sha256(path, cfg.sha256)
             given = cfg.pretrained if path != Path(cfg.pretrained).expanduser() else str(path)
             try:
                 model = open_clip.create_model(cfg.model, pretrained=given, weights_only=True)
@@ -310,6 +319,14 @@ def _open_clip_config(model: str) -> dict[str, Any]:
     return found
 
 
+def _open_clip_tags(model: str) -> list[str]:
+    """Of the weights that open_clip knows where to download."""
+    _open_clip_config(model)
+    import open_clip
+
+    return open_clip.list_pretrained_tags_by_model(model)
+
+
 def _open_clip_weights(cfg: OpenCLIP) -> Path:
     """The file of weights, downloaded if need be."""
     import open_clip
@@ -318,12 +335,6 @@ def _open_clip_weights(cfg: OpenCLIP) -> Path:
     path = Path(cfg.pretrained).expanduser()
     if path.is_file():
         return path
-    tags = open_clip.list_pretrained_tags_by_model(cfg.model)
-    if cfg.pretrained not in tags:
-        raise ValueError(
-            f"text.pretrained={cfg.pretrained} is neither a file nor one of open_clip's tags for {cfg.model} "
-            f"({', '.join(tags) or 'there is none'}); give one of them, or the path of a checkpoint"
-        )
     about = open_clip.get_pretrained_cfg(cfg.model, cfg.pretrained)
     try:
         return Path(open_clip.download_pretrained(about))
