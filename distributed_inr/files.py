@@ -27,6 +27,7 @@ from distributed_inr.sheets import fit, in_rows, sheet, titled
 logger = logging.getLogger(__name__)
 
 _SHEET_PICTURES = 64
+_SHEET_COLUMNS = 16
 _SHEET_CELL = 256
 _MOST = {"frames": 100_000, "width": 8192, "fps": 1000}
 """Of a file's options."""
@@ -99,15 +100,18 @@ def sample_files(
     domain = model.domain
     stem, digits = f"seed{seed}{held}-{resolution}{domain.unit}", max(3, len(str(len(latents) - 1)))
     row = columns or 1
-    most = _SHEET_PICTURES // row * row or row
+    across = min(row, _SHEET_COLUMNS) if fix_layers is None else row
+    most = max(_SHEET_PICTURES // across, 1)
     what = "samples" if text is None or fix_layers is not None else "prompts"
-    title = f"the first {most // row} of {len(latents) // row} {what}" if len(latents) > most else ""
+    title = f"the first {most} of {len(latents) // row} {what}" if len(latents) > most * row else ""
+    if across < row:
+        title = f"the first {across} of {row} samples of {title or 'each prompt'}"
     paths, shown = [], []
     for index, latent in enumerate(latents):
         about = f"-{slug}" if prompts and (slug := _slug(prompts[index])) else ""
         paths.append(out / f"{stem}-{index:0{digits}d}{about}{suffix}")
         rendered = _write(model.decode(latent[None]), resolution, paths[-1], options)
-        if len(shown) < most:
+        if index < most * row and index % row < across:
             shown.append(fit(domain.pictures(rendered)[0], min(_SHEET_CELL, max(resolution, 128))))
     if columns is None:
         paths.append(out / f"{stem}-sheet.png")
@@ -129,7 +133,7 @@ def sample_files(
         title = f"{along}; {title}" if title else along
     paths.append(out / f"{stem}-seeds.json")
     paths[-1].write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    rows = [shown[i : i + columns] for i in range(0, len(shown), columns)]
+    rows = [shown[i : i + across] for i in range(0, len(shown), across)]
     row_titles = [titled(prompts[i * columns] or "(empty)") for i in range(len(rows))] if prompts else None
     paths.append(out / f"{stem}-sheet.png")
     sheet(rows, row_titles=row_titles, column_titles=titles, title=title).save(paths[-1])

@@ -9,6 +9,7 @@
 Needs neither Ray nor DeepSpeed nor webdataset.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distributed_inr.config import from_json, override
-from distributed_inr.data.text_table import TextTable, identity
+from distributed_inr.data.text_table import TextTable, embedded, identity
 from distributed_inr.domains import AnyDomain, Signal
 from distributed_inr.domains.domain import seeds_for
 from distributed_inr.experiment import Experiment
@@ -29,9 +30,11 @@ from distributed_inr.field import Field
 from distributed_inr.models import FieldAutoencoder, LatentPrior
 from distributed_inr.models.hierarchical_diffusion import HierarchicalDiffusionModel
 from distributed_inr.models.noising import Sampler
-from distributed_inr.models.text import load_encoder, one_line
+from distributed_inr.models.text import TextEncoder, load_encoder, one_line
 from distributed_inr.models.text_conditioning import Guidance, TextCondition
 from distributed_inr.randomness import sample_seed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,8 @@ class FieldModel:
             raise ValueError("text=[] holds no prompt; give one or more, or leave it out")
         own = {name: value for name, value in given.items() if value is not None and name.startswith("guidance")}
         settings = override(self.experiment, {f"sampling.{name}": value for name, value in own.items()}).sampling
+        if idle := [n for n in _IDLE_AT.get(settings.guidance, ()) if given[n]]:
+            logger.warning("%s has no influence at guidance=%g", f"{idle[0]}={given[idle[0]]!r}", settings.guidance)
         embedded = self.embed([*prompts, negative_text or ""])
         last = torch.full((len(prompts),), len(prompts))
         return Guidance(
@@ -167,24 +172,37 @@ class FieldModel:
 
         Raises ValueError where the encoder is not the one that the prior was trained with.
         """
-        cfg, table = self.experiment.text, self.texts
-        assert cfg is not None
+        table = self.texts
         if table is None:
             raise ValueError(f"{self.folder}/text/table.json does not exist: {_UNFINISHED}")
         prompts = [one_line(prompt) for prompt in prompts]
         others = [prompt for prompt in dict.fromkeys(prompts) if prompt not in table]
         known = {prompt: table.tokens(prompt) for prompt in prompts if prompt in table}
         if others:
-            encoder = load_encoder(cfg, self.device)
-            if encoder.sha256 != table.sha256:
-                raise ValueError(
-                    f"{self.folder} was trained with text embedded by {table.identity}, and text.kind={cfg.kind} now "
-                    f"loads {identity(encoder.name, encoder.sha256)}; bring those weights back"
-                )
-            found = encoder(others)
-            for prompt, tokens, mask in zip(others, found.tokens, found.mask, strict=True):
-                known[prompt] = tokens[mask].half().float().cpu()  # as the table has them
+            encoder = self.load_text_encoder()
+            known |= {
+                prompt: torch.from_numpy(own).float()
+                for prompt, own in zip(others, embedded(others, encoder), strict=True)
+            }
         return TextCondition.of_rows([known[prompt] for prompt in prompts])
+
+    def load_text_encoder(self, *, with_images: bool = False) -> TextEncoder:
+        """The text encoder of the run, loaded once, with its image tower if it has one and that is asked for.
+
+        Raises ValueError where it cannot be had, or is not the one that the prior was trained with.
+        """
+        cfg, table = self.experiment.text, self.texts
+        assert cfg is not None and table is not None
+        try:
+            encoder = load_encoder(cfg, self.device, with_images=with_images)
+        except ValueError as error:  # of a path on another machine, perhaps
+            raise ValueError(f"{self.folder}/config.json: {error}") from None
+        if encoder.sha256 != table.sha256:
+            raise ValueError(
+                f"{self.folder} was trained with text embedded by {table.identity}, and text.kind={cfg.kind} now "
+                f"loads {identity(encoder.name, encoder.sha256)}; bring those weights back"
+            )
+        return encoder
 
     @torch.no_grad()
     def sample_branches(
@@ -324,5 +342,8 @@ def set_weights(module: nn.Module, weights: Mapping[str, Tensor], *, source: str
     module.load_state_dict(weights)  # into float32, whatever the file's precision
     module.eval().requires_grad_(False)
 
+
+_IDLE_AT = {1.0: ("negative_text", "guidance_rescale"), 0.0: ("guidance_rescale",)}
+"""Options without influence at some scales of guidance."""
 
 _UNFINISHED = "the run has not come that far; run its training job to the end, or give another run folder"

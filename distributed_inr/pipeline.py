@@ -37,7 +37,7 @@ from distributed_inr.run_folder import (
     settle_output,
     write_text,
 )
-from distributed_inr.texts import write_texts
+from distributed_inr.texts import check_captions, refuse_other_encoder, write_texts
 from distributed_inr.training import checkpoint, ledger
 from distributed_inr.training.bank import MAPPED_ABOVE, Bank, num_bytes
 from distributed_inr.training.checkpoint_reader import BANK
@@ -79,8 +79,9 @@ def run(
     experiment = settle_output(experiment, shared=in_ray_job())
     train_index, val_index = indexes(experiment)
     experiment = experiment.settle(train_index.num_samples, train_index.protocol)
+    weights = None
     if "text" in stages and experiment.text is not None:
-        _ = experiment.text.local_sha256  # is there such an encoder?
+        weights = experiment.text.local_sha256  # is there such an encoder?
     with torch.device("meta"):  # shapes only: what does not fit is found before anything is trained
         autoencoder = experiment.autoencoder.build(experiment.domain)
         prior = experiment.prior.build(autoencoder.latent_shape)
@@ -100,6 +101,11 @@ def run(
         for stage in (fit, encode, fit_prior):
             stage.refuse_other_options()
         _refuse_other_checkpoints(experiment)
+        if "text" in stages and experiment.text is not None:
+            if weights is not None:
+                refuse_other_encoder(experiment, fit_prior, identity(experiment.text.label, weights))
+            if not encode.was_finished:
+                check_captions(experiment, train_index)
         for stage, path in ((fit, "autoencoder_training"), (fit_prior, "prior_training")):
             if stage.folder.name in stages and not stage.was_finished:
                 getattr(experiment, path).num_micro_batches(place.num_workers, path=path)
@@ -134,10 +140,9 @@ def run(
         if "text" in stages and experiment.text is not None:
             inputs = {"latents": experiment.data.index(str(encode.folder)).fingerprint}
             inputs["val"] = val_index.fingerprint if val_index else ""
-            if (weights := experiment.text.local_sha256) is not None:
+            if weights is not None:
                 inputs["weights"] = weights
-                _refuse_other_encoder(fit_prior, identity(experiment.text.label, weights))
-            if not embed.is_current(inputs):
+            if not (embed.is_current(inputs) and TextTable.is_whole(embed.folder)):
                 embed.begin(inputs)
                 work = functools.partial(write_texts, experiment=experiment, stage=embed)
                 place.run(work, title="text", folder=embed.folder, num_workers=1)
@@ -149,7 +154,7 @@ def run(
             inputs = {"latents": written.fingerprint}
             if experiment.text is not None:
                 inputs["encoder"] = TextTable.open(embed.folder).identity
-                _refuse_other_encoder(fit_prior, inputs["encoder"])
+                refuse_other_encoder(experiment, fit_prior, inputs["encoder"])
             if not fit_prior.is_complete(inputs):
                 fit_prior.begin(inputs)
                 work = functools.partial(
@@ -175,17 +180,6 @@ def run(
     return {"run": folder} | models | {name: folder / name for name in names if (folder / name).exists()}
 
 
-def _refuse_other_encoder(fit_prior: Stage, encoder: str) -> None:
-    """A prior understands the embeddings of one text encoder alone."""
-    trained_with = fit_prior.made_from.get("encoder")
-    if trained_with not in (None, encoder):
-        raise ValueError(
-            f"{fit_prior.folder} was trained on captions embedded by {trained_with}, and `text` is {encoder}: bring "
-            f"that one back, choose another --name (with --autoencoder-from {fit_prior.folder.parent}), or delete "
-            f"{fit_prior.folder} to train it again"
-        )
-
-
 def _stages(experiment: Experiment) -> tuple[Stage, Stage, Stage, Stage, Stage]:
     """The stages' folders, each with the options that what it holds depends on."""
     tree, folder, accepted = to_dict(experiment), experiment.folder, experiment.data.accept_changed
@@ -203,7 +197,7 @@ def _stages(experiment: Experiment) -> tuple[Stage, Stage, Stage, Stage, Stage]:
     fit_prior = {name: tree[name] for name in ("seed", "prior")} | place
     fit_prior |= {"prior_training": _lasting(tree["prior_training"])}
     if experiment.text is not None:
-        fit_prior |= {name: tree[name] for name in ("text", "text_dropout")}
+        fit_prior |= {"text": experiment.text.label, "text_dropout": experiment.text_dropout}
     evaluation = {name: _lasting(tree[name]) for name in ("sampling", "evaluation")} | {"seed": tree["seed"]}
     return (
         Stage(folder / "autoencoder", fit, accept_changed=accepted),
@@ -299,6 +293,9 @@ def fit_latent_prior(worker: Worker, *, experiment: Experiment, stage: Stage, la
     module = experiment.prior.build(tuple(statistics["latent_shape"]))
     module.normalise_from(torch.tensor(statistics["mean"]), torch.tensor(statistics["deviation"]))
     dataset = _latent_dataset(experiment, latents)
+    if experiment.text is not None:  # for whoever finds its checkpoints
+        sha256 = TextTable.open(latents.parent / "text").sha256
+        experiment = override(experiment, {"text.sha256": sha256})
     _train(module, dataset, worker, experiment=experiment, training=experiment.prior_training, folder=stage.folder)
 
 

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 
 import torch
 
+from distributed_inr.config import from_json
 from distributed_inr.data import storage
 from distributed_inr.data.reader import Data
-from distributed_inr.data.shards import OpenShard, ShardDamaged, ShardIndex
-from distributed_inr.data.text_table import write_table
+from distributed_inr.data.shards import ShardIndex
+from distributed_inr.data.text_table import identity, write_table
 from distributed_inr.domains.domain import caption, captions
 from distributed_inr.experiment import Experiment
 from distributed_inr.launch import Worker
 from distributed_inr.run_folder import Stage
+from distributed_inr.training import checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +33,7 @@ def write_texts(worker: Worker, *, experiment: Experiment, stage: Stage) -> None
     for number, url in enumerate(url for url in (latents, data.val) if url is not None):
         found.update(read_captions(data, data.index(url)))
         if number == 0 and not found:
-            raise ValueError(
-                f"data.train={data.train!r} has no captions to condition on (text.kind={experiment.text.kind}); "
-                "prepare it with captions (see docs/data.md), or leave text out: --text.kind none"
-            )
+            raise _no_captions(experiment)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = experiment.text.build().to(device)
     try:
@@ -44,16 +43,46 @@ def write_texts(worker: Worker, *, experiment: Experiment, stage: Stage) -> None
     logger.info("text: %d captions by %s", table.captions, table.identity)
 
 
+def check_captions(experiment: Experiment, index: ShardIndex) -> None:
+    """Raises ValueError where no sample of the training set has a caption; reads up to the first one that has."""
+    if next(read_captions(experiment.data, index), None) is None:
+        raise _no_captions(experiment)
+
+
+def _no_captions(experiment: Experiment) -> ValueError:
+    assert experiment.text is not None
+    return ValueError(
+        f"data.train={experiment.data.train!r} has no captions to condition on (text.kind={experiment.text.kind}); "
+        "prepare it with captions (see docs/data.md), or leave text out: --text.kind none"
+    )
+
+
+def refuse_other_encoder(experiment: Experiment, fit_prior: Stage, encoder: str) -> None:
+    """A prior, finished or in checkpoints, understands the embeddings of one text encoder alone.
+
+    Args:
+        encoder: identity of the one that `text` means.
+    """
+    found = {str(fit_prior.folder): fit_prior.made_from.get("encoder")}
+    if experiment.checkpoints is not None:
+        place = experiment.checkpoints_of(fit_prior.folder.name)
+        written = checkpoint.read_config(place)
+        other = None if written is None else from_json(Experiment, written).text
+        if other is not None and other.sha256 is not None:
+            found[place] = identity(other.label, other.sha256)
+    for place, trained_with in found.items():
+        if trained_with not in (None, encoder):
+            raise ValueError(
+                f"{place} was trained on captions embedded by {trained_with}, and `text` is {encoder}: bring that one "
+                f"back, choose another --name (with --autoencoder-from {experiment.folder}), or delete "
+                f"{' and '.join(found)} to train it again"
+            )
+
+
 def read_captions(data: Data, index: ShardIndex) -> Iterator[str]:
     """Every caption of a set, those of several samples again."""
-    cache = data.cache()
-    for shard in index.shards:
-        opened = OpenShard(shard, cache)
-        for sample in range(len(opened)):
-            try:
-                yield from captions(caption(opened.record(sample, only=("txt",))))
-            except ShardDamaged:
-                raise
-            except ValueError as error:  # such a sample is counted as a bad one where it is read
-                logger.warning("%s", error)
-        opened.close()
+    for record in data.records(index, only=("txt",)):
+        try:
+            yield from captions(caption(record))
+        except ValueError as error:  # such a sample is counted as a bad one where it is read
+            logger.warning("%s", error)

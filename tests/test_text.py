@@ -155,6 +155,18 @@ def test_unknown_models_and_tags_are_one_line(folder: Path):
         _ = OpenCLIP(model="roberta-ViT-B-32").width
 
 
+def test_a_tokenizer_that_cannot_be_had_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    register(folder)
+    import open_clip
+
+    def fail(name: str) -> None:
+        raise OSError("no network\n at all")
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", fail)
+    with pytest.raises(ValueError, match=r"tokenizer of text.model=tiny-clip cannot be had: no network at all; load"):
+        OpenCLIP(model=NAME, pretrained=None).build()
+
+
 def test_random_weights_are_the_same_every_time_and_leave_the_generator_alone(folder: Path):
     register(folder)
     torch.manual_seed(3)

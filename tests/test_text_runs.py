@@ -17,7 +17,7 @@ from tiny_domains import DOMAINS, RECORDS, tiny_experiment, write_sets
 from tiny_run import write_run
 
 import distributed_inr as dinr
-from distributed_inr import pipeline
+from distributed_inr import files, pipeline
 from distributed_inr.analysis.control import redraw, tree
 from distributed_inr.config import override
 from distributed_inr.data.shard_writer import ShardWriter
@@ -92,7 +92,6 @@ def test_a_table_holds_each_caption_once_unpadded_and_mapped(finished: Path, cli
         expected = found.tokens[0][found.mask[0]].half().float()
         assert torch.equal(tokens[mask], expected) and not tokens[~mask].any()
         assert torch.equal(table.tokens(caption), expected)
-        assert torch.equal(table.pooled([caption]), found.pooled.half().float())
         total += int(mask.sum())
     stored = np.load(finished / "text" / "tokens.npy", mmap_mode="r")
     assert stored.shape == (total, WIDTH) and stored.dtype == np.float16
@@ -168,7 +167,7 @@ def test_another_encoder_is_refused_and_then_reruns_what_depends_on_it(
     before = {path: path.stat().st_mtime_ns for part in ("autoencoder", "latents") for path in (run / part).rglob("*")}
     changed = again(run, home, MiniLM())
     with pytest.raises(
-        ValueError, match=r"prior was made with other options: .*text.kind is open-clip there and minilm"
+        ValueError, match=r"prior was made with other options: .*text is open_clip tiny-clip there and all-MiniLM-L6-v2"
     ):
         pipeline.run(changed)
     shutil.rmtree(run / "prior")
@@ -200,9 +199,45 @@ def test_other_weights_at_the_same_path_are_refused_before_anything_is_written(
             ValueError, match=r"was trained with text embedded by .*, and text.kind=open-clip now loads"
         ):
             model.sample(1, text="a stool", steps=2)
+        with pytest.raises(ValueError, match=r"was trained with text embedded by "):
+            model.load_text_encoder(with_images=True)
+        moved.unlink()
+        load_encoder.cache_clear()
+        with pytest.raises(ValueError, match=r"config.json: text.pretrained=.* is neither a file nor one of"):
+            model.sample(1, text="a stool", steps=2)
     finally:
         moved.write_bytes(kept)
         load_encoder.cache_clear()
+
+
+def test_the_same_weights_may_be_moved(finished: Path, home: Path, clip: OpenCLIP, tmp_path: Path):
+    run = copy(finished, tmp_path)
+    prior = run / "prior" / "model.safetensors"
+    made = prior.stat().st_mtime_ns
+    moved = tmp_path / "elsewhere.safetensors"
+    shutil.copyfile(clip.pretrained or "", moved)
+    pipeline.run(again(run, home, OpenCLIP(model=NAME, pretrained=str(moved), sha256=clip.local_sha256)))
+    assert prior.stat().st_mtime_ns == made
+    assert dinr.load(run).experiment.text == OpenCLIP(model=NAME, pretrained=str(moved), sha256=clip.local_sha256)
+
+
+def test_checkpoints_elsewhere_hold_to_their_encoder(home: Path, clip: OpenCLIP, tmp_path: Path):
+    places = {"output": str(tmp_path / "runs"), "checkpoints": str(tmp_path / "kept")}
+    run = pipeline.run(experiment(home, clip, **places))["run"]
+    kept = tmp_path / "kept" / run.parent.name / run.name / "prior"
+    shutil.rmtree(run / "prior")
+    other = tiny_clip(tmp_path, seed=1)
+    before = (run / "config.json").read_text()
+    with pytest.raises(ValueError) as refused:
+        pipeline.run(experiment(home, other, **places))
+    assert f"{kept} was trained on captions embedded by {identity(clip.label, clip.local_sha256 or '')}" in str(
+        refused.value
+    )
+    assert f"or delete {run / 'prior'} and {kept} to train it again" in str(refused.value)
+    assert (run / "config.json").read_text() == before
+    shutil.rmtree(kept)
+    pipeline.run(experiment(home, other, **places))
+    assert TextTable.open(run / "text").sha256 == other.local_sha256
 
 
 def test_an_encoder_that_there_is_not_is_said_before_anything_is_trained(home: Path, clip: OpenCLIP, tmp_path: Path):
@@ -216,8 +251,10 @@ def test_an_encoder_that_there_is_not_is_said_before_anything_is_trained(home: P
 
 def test_a_set_without_captions_is_one_clear_line(tmp_path: Path, clip: OpenCLIP):
     write_sets(DOMAINS["image"], tmp_path)
+    given = experiment(tmp_path, clip)
     with pytest.raises(ValueError, match=r"data.train=.* has no captions to condition on \(text.kind=open-clip\)"):
-        pipeline.run(experiment(tmp_path, clip))
+        pipeline.run(given)
+    assert not (given.folder / "autoencoder").exists()  # said before anything is trained
 
 
 def test_a_table_that_was_interrupted_is_made_again(finished: Path, home: Path, clip: OpenCLIP, tmp_path: Path):
@@ -228,6 +265,25 @@ def test_a_table_that_was_interrupted_is_made_again(finished: Path, home: Path, 
     (run / "text" / "table.json").unlink()
     pipeline.run(again(run, home, clip))
     assert TextTable.open(run / "text").fingerprint == TextTable.open(finished / "text").fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("table.json", None), ("table.json", b"{"), ("tokens.npy", b""), ("starts.npy", b"half"), ("hashes.npy", None)],
+)
+def test_a_table_that_was_damaged_is_made_again(
+    finished: Path, home: Path, clip: OpenCLIP, tmp_path: Path, name: str, content: bytes | None
+):
+    run = copy(finished, tmp_path)
+    place = run / "text" / name
+    whole, prior = place.read_bytes(), (run / "prior" / "model.safetensors").stat().st_mtime_ns
+    if content is None:
+        place.unlink()
+    else:
+        place.write_bytes(content)
+    pipeline.run(again(run, home, clip))
+    assert place.read_bytes() == whole
+    assert (run / "prior" / "model.safetensors").stat().st_mtime_ns == prior
 
 
 def test_both_families_train_and_sample_with_text(home: Path, clip: OpenCLIP):
@@ -299,6 +355,59 @@ def test_prompts_become_a_labelled_grid_and_files(finished: Path, tmp_path: Path
         first = np.asarray(picture)
     again = model.sample(1, text="a chair", steps=2).render(16)[0]
     np.testing.assert_allclose(first, (again.permute(1, 2, 0) * 255).numpy(), atol=1)
+
+
+def test_a_sheet_is_of_so_many_samples_of_a_prompt_and_says_so(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    drawn: dict[str, Any] = {}
+
+    def keep(rows: Any, **given: Any) -> Picture.Image:
+        drawn.update(given, rows=rows)
+        return Picture.new("RGB", (1, 1))
+
+    monkeypatch.setattr(files, "sheet", keep)
+    paths = sample_files(dinr.load(finished), tmp_path, text=["a chair", "a lamp"], count=18, steps=1)
+    assert len(paths) == 36 + 2
+    assert [len(row) for row in drawn["rows"]] == [16, 16] and drawn["row_titles"] == ["a chair", "a lamp"]
+    assert drawn["title"] == "the first 16 of 18 samples of each prompt"
+    with Picture.open(paths[18]) as picture:
+        lamp = np.asarray(picture)
+    assert np.array_equal(np.asarray(drawn["rows"][1][0].resize((16, 16), Picture.Resampling.NEAREST)), lamp)
+    sample_files(dinr.load(finished), tmp_path, text=["a chair"] * 5, count=17, steps=1)
+    assert [len(row) for row in drawn["rows"]] == [16] * 4
+    assert drawn["title"] == "the first 16 of 17 samples of the first 4 of 5 prompts"
+
+
+def test_options_without_influence_are_said(finished: Path, caplog: pytest.LogCaptureFixture):
+    model = dinr.load(finished)
+    model.guide("a chair", negative_text="a lamp", guidance=3.0, guidance_rescale=0.5)
+    model.guide("a chair", guidance=1.0, guidance_rescale=0.0)
+    model.guide("a chair", negative_text="a lamp", guidance=0.0)
+    assert not caplog.messages
+    model.guide("a chair", negative_text="a lamp", guidance=1.0)
+    model.guide("a chair", guidance=0.0, guidance_rescale=0.5)
+    assert caplog.messages == [
+        "negative_text='a lamp' has no influence at guidance=1",
+        "guidance_rescale=0.5 has no influence at guidance=0",
+    ]
+
+
+def test_many_prompts_are_embedded_in_parts(finished: Path, monkeypatch: pytest.MonkeyPatch):
+    model = dinr.load(finished)
+    prompts = [f"chair {i}" for i in range(150)]
+    encoder, sizes = model.load_text_encoder(), []
+    forward = encoder.forward
+
+    def counted(part: list[str]) -> Any:
+        sizes.append(len(part))
+        return forward(part)
+
+    monkeypatch.setattr(encoder, "forward", counted)
+    found = model.embed(prompts)
+    assert sizes == [64, 64, 22] and len(found.mask) == 150
+    one = encoder([prompts[149]])
+    torch.testing.assert_close(found.tokens[149][found.mask[149]], one.tokens[0][one.mask[0]], rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.slow

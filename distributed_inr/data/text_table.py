@@ -1,6 +1,6 @@
 """The table of a run's text embeddings: every distinct caption once, by its hash, with what its encoder made of it.
 
-    text/  table.json  captions.txt  hashes.npy  starts.npy  tokens.npy  pooled.npy
+    text/  table.json  captions.txt  hashes.npy  starts.npy  tokens.npy
 
 Tokens are float16, unpadded, one caption after the other, and memory-mapped: training a prior loads no text encoder.
 """
@@ -62,6 +62,16 @@ class TextTable:
                 f"{path} cannot be read: {error}; delete {folder} and run the training job again"
             ) from None
 
+    @staticmethod
+    def is_whole(folder: Path) -> bool:
+        """Whether a folder holds a table that can be read."""
+        try:
+            table = TextTable.open(folder)
+            starts, hashes, tokens = map(table._array, ("starts", "hashes", "tokens"))
+        except ValueError:
+            return False
+        return len(starts) == len(hashes) + 1 == table.captions + 1 and tokens.shape == (starts[-1], table.width)
+
     @property
     def identity(self) -> str:
         """The encoder, as messages name it."""
@@ -84,14 +94,10 @@ class TextTable:
         """Tokens of a caption, unpadded."""
         return torch.from_numpy(self._own(caption).astype(np.float32))
 
-    def pooled(self, captions: Sequence[str]) -> Float[Tensor, "batch pooled"]:
-        """The vectors of several captions."""
-        return torch.from_numpy(self._array("pooled")[list(map(self._row, captions))].astype(np.float32))
-
     def excerpt(self, folder: Path, captions: Sequence[str]) -> "TextTable":
         """A table of some of the captions, and of the empty prompt, in another folder."""
         distinct = _distinct(captions)
-        rows = ((self._own(caption), self._array("pooled")[self._row(caption)]) for caption in distinct)
+        rows = map(self._own, distinct)
         return _write(folder, distinct, rows, encoder=self.encoder, sha256=self.sha256, width=self.width)
 
     def _own(self, caption: str) -> np.ndarray:
@@ -116,7 +122,7 @@ class TextTable:
             path = self.folder / f"{name}.npy"
             try:
                 self._arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
+            except (OSError, EOFError, ValueError) as error:
                 raise ValueError(f"{path} cannot be read: {error}; delete {self.folder} to make it again") from None
         return self._arrays[name]
 
@@ -144,7 +150,7 @@ def read_captioned_latent(record: Record, seed: int, *, texts: TextTable, dropou
 def write_table(folder: Path, prompts: Iterable[str], encoder: TextEncoder) -> TextTable:
     """Embed the distinct prompts, and the empty one, and write them to a folder."""
     distinct = _distinct(prompts)
-    rows = _embed(distinct, encoder)
+    rows = embedded(distinct, encoder)
     return _write(folder, distinct, rows, encoder=encoder.name, sha256=encoder.sha256, width=encoder.width)
 
 
@@ -161,24 +167,23 @@ def _distinct(prompts: Iterable[str]) -> list[str]:
 def _write(
     folder: Path,
     distinct: Sequence[str],
-    rows: Iterable[tuple[np.ndarray, np.ndarray]],
+    rows: Iterable[np.ndarray],
     *,
     encoder: str,
     sha256: str,
     width: int,
 ) -> TextTable:
-    """Write tokens and vector of each prompt; table.json last."""
+    """Write the tokens of each prompt; table.json last."""
     hashes = np.array([_hash(prompt) for prompt in distinct], dtype=np.uint64)
     if len(np.unique(hashes)) < len(hashes):
         raise ValueError(f"two of the {len(distinct)} captions have one hash; change either by a word")
-    starts, pooled, longest = [0], [], 0
+    starts, longest = [0], 0
     digest = hashlib.sha256(sha256.encode())
     raw = folder / "tokens.raw"
     with raw.open("wb") as file:
-        for tokens, vector in rows:
+        for tokens in rows:
             starts.append(starts[-1] + len(tokens))
             longest = max(longest, len(tokens))
-            pooled.append(vector)
             content = tokens.tobytes()
             digest.update(content)
             file.write(content)
@@ -190,7 +195,6 @@ def _write(
     raw.unlink()
     np.save(folder / "hashes.npy", hashes)
     np.save(folder / "starts.npy", np.array(starts, dtype=np.int64))
-    np.save(folder / "pooled.npy", np.stack(pooled))
     (folder / "captions.txt").write_text("".join(f"{prompt}\n" for prompt in distinct), encoding="utf-8")
     about = {
         "version": _VERSION,
@@ -206,16 +210,16 @@ def _write(
 
 
 @torch.no_grad()
-def _embed(captions: Sequence[str], encoder: TextEncoder) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and vector of each caption, float16."""
-    for first in range(0, len(captions), _BATCH):
-        part = list(captions[first : first + _BATCH])
+def embedded(prompts: Sequence[str], encoder: TextEncoder) -> Iterator[np.ndarray]:
+    """The tokens of each prompt, float16 and unpadded, as a table has them."""
+    for first in range(0, len(prompts), _BATCH):
+        part = list(prompts[first : first + _BATCH])
         found = encoder(part)
-        for caption, tokens, mask, pooled in zip(part, found.tokens, found.mask, found.pooled, strict=True):
-            own, vector = tokens[mask].half(), pooled.half()
-            if not (own.isfinite().all() and vector.isfinite().all()):
-                raise ValueError(f"{encoder.name} gives {caption!r} numbers that float16 cannot hold; use another one")
-            yield own.cpu().numpy(), vector.cpu().numpy()
+        for prompt, tokens, mask in zip(part, found.tokens, found.mask, strict=True):
+            own = tokens[mask].half()
+            if not own.isfinite().all():
+                raise ValueError(f"{encoder.name} gives {prompt!r} numbers that float16 cannot hold; use another one")
+            yield own.cpu().numpy()
 
 
 def _hash(caption: str) -> np.uint64:

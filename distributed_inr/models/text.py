@@ -179,12 +179,17 @@ class OpenCLIPEncoder(TextEncoder):
             try:
                 model = open_clip.create_model(cfg.model, pretrained=given, weights_only=True)
             except Exception as error:  # damaged and foreign files raise nearly anything
-                reason = " ".join(str(error).split())[:200]
                 raise ValueError(
-                    f"text.pretrained={cfg.pretrained} does not hold weights of text.model={cfg.model}: {reason}; give "
-                    "a checkpoint of that model"
+                    f"text.pretrained={cfg.pretrained} does not hold weights of text.model={cfg.model}: "
+                    f"{_reason(error)}; give a checkpoint of that model"
                 ) from None
-        self.tokenizer = open_clip.get_tokenizer(cfg.model)
+        try:
+            self.tokenizer = open_clip.get_tokenizer(cfg.model)
+        except Exception as error:  # some are downloaded by another library, with whatever the network raises
+            raise ValueError(
+                f"the tokenizer of text.model={cfg.model} cannot be had: {_reason(error)}; load it once where there is "
+                "a network, or use a model with CLIP's own, such as ViT-B-32"
+            ) from None
         self.context_length = cfg.context_length
         if not with_images:
             del model.visual
@@ -277,9 +282,14 @@ class MiniLMEncoder(TextEncoder):
 
 
 @functools.cache
-def load_encoder(cfg: AnyTextEncoder, device: torch.device) -> TextEncoder:
-    """A text encoder, loaded once."""
-    return cfg.build().to(device)
+def load_encoder(cfg: AnyTextEncoder, device: torch.device, *, with_images: bool = False) -> TextEncoder:
+    """A text encoder, loaded once.
+
+    Args:
+        with_images: with its image tower, where it has one.
+    """
+    encoder = cfg.build(with_images=True) if with_images and isinstance(cfg, OpenCLIP) else cfg.build()
+    return encoder.to(device)
 
 
 def one_line(prompt: str) -> str:
@@ -339,11 +349,15 @@ def _open_clip_weights(cfg: OpenCLIP) -> Path:
     try:
         return Path(open_clip.download_pretrained(about))
     except Exception as error:  # whatever the network and the hub raise
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"text.pretrained={cfg.pretrained} cannot be downloaded: {reason}; fetch the weights of {cfg.model} where "
-            "there is a network and give their path"
+            f"text.pretrained={cfg.pretrained} cannot be downloaded: {_reason(error)}; fetch the weights of "
+            f"{cfg.model} where there is a network and give their path"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """What an error of another library says, as a part of a line."""
+    return " ".join(str(error).split())[:200]
 
 
 def _checked_sha256(path: Path, expected: str | None) -> str:
