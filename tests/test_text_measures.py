@@ -13,7 +13,7 @@ from tiny_solids import BALL, BOX, DOMAIN, grid, solid_model, write_solids
 
 from distributed_inr.domains.domain import captions
 from distributed_inr.domains.image import to_pillow
-from distributed_inr.evaluation import metrics, text
+from distributed_inr.evaluation import classifier, metrics, text
 from distributed_inr.evaluation.classifier import Labelled, cross_validated, labelled, train_classifier, unseen_captions
 from distributed_inr.evaluation.distances import Observer, Traits
 from distributed_inr.evaluation.splits import Split
@@ -59,7 +59,7 @@ def test_clip_score_is_a_hundred_times_the_mean_cosine_without_negative_ones():
     tower = text.ImageTower("mean colour", lambda p: p.mean((2, 3)), pixels=4, mean=ZERO, deviation=ONE)
     pictures = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])[..., None, None].expand(-1, -1, 4, 4)
     texts = torch.tensor([[5.0, 0, 0], [3, 4, 0], [0, 0, -1]])
-    assert text.clip_score(pictures, texts, tower) == pytest.approx(100 * (1 + 0.8 + 0) / 3)
+    assert text.clip_score(tower(pictures), texts) == pytest.approx(100 * (1 + 0.8 + 0) / 3)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (20, 20), (24, 60)])
@@ -265,6 +265,27 @@ def test_clip_s_is_measured_where_the_encoder_has_an_image_tower(solids: Path):
     score = found["class words"]["clip_s"]
     assert score["encoder"] == "tiny" and 45 < score["value"] < 50  # balls are nearly grey, boxes opposite
     assert "clip_s" not in left_out and "CLIP-S on tiny." in text_section(found)
+
+
+def test_more_classes_and_signals_than_are_told_are_thinned(solids: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(classifier, "MAX_SIGNALS", 13)
+    model, left_out = solid_model(solids), {}
+    training = Split(model, str(solids / "train"))
+    found = text.measure_text(model, draw_rightly, training, None, left_out=left_out, count=2)
+    assert found["classifier"]["training_signals"] == {"ball": 6, "box": 6} and "other classes" not in left_out
+    monkeypatch.setattr(classifier, "MIN_SIGNALS", 1)
+    monkeypatch.setattr(classifier, "MAX_CLASSES", 2)
+    found = text.measure_text(model, draw_rightly, training, None, left_out=left_out, count=2)
+    assert found["classifier"]["classes"] == ["ball", "box"]
+    assert left_out["other classes"] == "the 2 of the most training signals are told, of 3 classes"
+
+
+def test_words_of_classes_are_said_as_captions_say_them(tmp_path: Path):
+    names: list[str | None] = ["Urn-like_ball", "unit_box"] * 4
+    write_solids(tmp_path / "train", names, ["one"] * 8, seed=1)
+    model = solid_model(tmp_path)
+    found = text.measure_text(model, draw_rightly, Split(model, str(tmp_path / "train")), None, left_out={}, count=2)
+    assert found["class words"]["prompts"] == ["an urn like ball", "a unit box"]
 
 
 def test_accuracy_is_left_out_where_too_few_classes_are_known(tmp_path: Path):

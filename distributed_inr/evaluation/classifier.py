@@ -4,6 +4,7 @@ Logistic regression on EfficientNet-Lite0's features of their pictures and on th
 than either, and as much as a network on the cells themselves. It serves every domain, draws nothing and takes seconds.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from distributed_inr.domains.domain import Record, Signal, caption, captions
+from distributed_inr.domains.domain import Record, caption, captions
 from distributed_inr.evaluation.distances import Observer, Traits
 from distributed_inr.evaluation.splits import Advance, Split, spread
 from distributed_inr.generation import FieldModel
@@ -22,7 +23,10 @@ from distributed_inr.generation import FieldModel
 MIN_SIGNALS = 4
 """Training signals that a class needs to be told."""
 MAX_SIGNALS = 1024
-"""Labelled training signals, evenly spaced, that a classifier is trained on: its time grows as their cube."""
+"""Labelled training signals that a classifier is trained on, as its time grows as their cube: of more, as many of each
+class, evenly spaced."""
+MAX_CLASSES = 32
+"""Classes that are told, those of the most training signals first."""
 NAME = "logistic regression on EfficientNet-Lite0's features of pictures and on thumbnails"
 
 _PENALTY = 1e-3
@@ -47,26 +51,21 @@ class Labelled:
 
 def labelled(model: FieldModel, split: Split) -> list[Labelled]:
     """Class and text of every sample of a set, without decoding them; those of unreadable text are left out."""
-    experiment, found = model.experiment, []
-    dataset = experiment.data.dataset(split.dataset.index, read=_read, seed=experiment.seed)
-    for number in range(len(dataset)):
-        signal, is_good = dataset.signal(number)
-        if is_good:
-            name, _, text = str(signal.text).partition("\n")
-            found.append(Labelled(number, name, text))
+    records, found = model.experiment.data.records(split.dataset.index, only=("json", "txt")), []
+    for number, record in enumerate(records):
+        with contextlib.suppress(ValueError):
+            found.append(Labelled(number, _class_of(record), caption(record)))
     return found
 
 
-def _read(record: Record, seed: int) -> Signal:
-    """A signal of nothing but text: the class on a line of its own, then the captions."""
+def _class_of(record: Record) -> str:
+    """Empty where the record says none."""
     try:
         tree = json.loads(record.get("json", b"{}"))
     except (ValueError, RecursionError):
-        tree = {}
+        return ""
     name = tree.get("class") if isinstance(tree, dict) else None
-    name = " ".join(name.split()) if isinstance(name, str) else ""
-    nothing = torch.tensor(0)
-    return Signal(record["__key__"], torch.tensor(seed), nothing, nothing, text=f"{name}\n{caption(record)}")
+    return " ".join(name.split()) if isinstance(name, str) else ""
 
 
 def unseen_captions(
@@ -179,7 +178,8 @@ def classify(
         known: what the records of the training set tell; `others`: of the held-out set.
     """
     signals = [one for one in known if one.name in classes]
-    signals = [signals[i] for i in spread(len(signals), MAX_SIGNALS)]
+    if len(signals) > MAX_SIGNALS:
+        signals = [one for name in classes for one in _thinned(signals, name, MAX_SIGNALS // len(classes))]
     traits, rows = _observe(observer, training, signals, advance, copies=True)
     labels = torch.tensor([classes.index(one.name) for one in rows])
     told, found = train_classifier(traits, labels, classes), {"network": NAME, "classes": list(classes)}
@@ -198,6 +198,12 @@ def classify(
         "folds": f"{_FOLDS}, each text in one" if by_text else f"{_FOLDS}",
         "training_signals": {name: sum(one.name == name for one in signals) for name in classes},
     }
+
+
+def _thinned(signals: Sequence[Labelled], name: str, most: int) -> list[Labelled]:
+    """At most so many signals of a class, evenly spaced."""
+    own = [one for one in signals if one.name == name]
+    return [own[i] for i in spread(len(own), most)]
 
 
 def _observe(

@@ -20,7 +20,7 @@ from distributed_inr.evaluation.text import ImageTower, measure_text
 from distributed_inr.evaluation.text_report import write_confusion
 from distributed_inr.files import make_folder
 from distributed_inr.generation import FieldModel, load
-from distributed_inr.models.text import OpenCLIP
+from distributed_inr.models.text import OpenCLIP, OpenCLIPEncoder
 from distributed_inr.training.checkpoint_reader import BANK
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -86,7 +86,8 @@ def _text(
     cfg, domain, drawn = model.experiment.text, model.domain, dict[str, torch.Tensor]()
     tower, encode_text = None, None
     if isinstance(cfg, OpenCLIP):
-        encoder = cfg.build(with_images=True).to(model.device)
+        encoder = model.load_text_encoder(with_images=True)
+        assert isinstance(encoder, OpenCLIPEncoder)
         tower, encode_text = ImageTower.of(encoder), lambda prompts: encoder(prompts).pooled
 
     def draw(prompts: list[str], count: int) -> torch.Tensor:

@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int64
 from scipy.spatial import KDTree
 from torch import Tensor, nn
 
+from distributed_inr.data.layouts.captions import with_article
+from distributed_inr.data.layouts.item import in_words
 from distributed_inr.domains import AnyDomain
 from distributed_inr.evaluation import classifier as classification
 from distributed_inr.evaluation import metrics
@@ -71,16 +73,10 @@ class ImageTower(nn.Module):
         return self.encode((pictures - mean.view(3, 1, 1)) / deviation.view(3, 1, 1))
 
 
-def clip_score(
-    pictures: Float[Tensor, "batch 3 height width"],
-    text_embeddings: Float[Tensor, "batch dim"],
-    image_tower: Callable[[Tensor], Tensor],
-) -> float:
-    """CLIP-S: 100 times the mean over pairs of max(cos(image, text), 0) (Hessel et al., 2021, scale it by 2.5)."""
-    return _mean_cosine(image_tower(pictures), text_embeddings)
-
-
-def _mean_cosine(images: Tensor, texts: Tensor) -> float:
+def clip_score(images: Float[Tensor, "batch dim"], texts: Float[Tensor, "batch dim"]) -> float:
+    """CLIP-S of embedded pictures and their texts: 100 times the mean of max(cos(image, text), 0) (Hessel et al., 2021,
+    scale it by 2.5).
+    """
     return 100 * F.cosine_similarity(images.float(), texts.float().to(images.device)).clamp(min=0).mean().item()
 
 
@@ -198,7 +194,10 @@ def measure_text(
     domain = model.domain
     known, others = labelled(model, training), [] if held_out is None else labelled(model, held_out)
     sizes = Counter(one.name for one in known if one.name and (classes is None or one.name in classes))
-    names = sorted(name for name, size in sizes.items() if size >= classification.MIN_SIGNALS)
+    large = [name for name, size in sizes.most_common() if size >= classification.MIN_SIGNALS]
+    names = sorted(large[: classification.MAX_CLASSES])
+    if len(large) > len(names):
+        left_out["other classes"] = f"the {len(names)} of the most training signals are told, of {len(large)} classes"
     towers = [] if tower is None or encode_text is None else [tower]
     if not towers:
         left_out["clip_s"] = "the prior's text encoder has no image tower"
@@ -229,14 +228,15 @@ def measure_text(
 
     sets: dict[str, _Drawn] = {}
     if told is not None:
-        sets["class words"] = sample([prompt(name) for name in names], list(range(len(names))))
-    unseen = unseen_captions(known, others, names)
+        sets["class words"] = sample([with_article(in_words(name)).lower() for name in names], list(range(len(names))))
+    unseen = unseen_captions(known, others, names if told is not None else [])
     if unseen:
         chosen = [unseen[i] for i in spread(len(unseen), MAX_CAPTIONS)]
         expected = [names.index(name) for _, name in chosen] if told is not None else []
         sets["held-out captions"] = sample([text for text, _ in chosen], expected)
     else:
-        left_out["held-out captions"] = "no held-out signal of a class has a caption that no training signal has"
+        of = "" if told is None else " of these classes"
+        left_out["held-out captions"] = f"no held-out signal{of} has a caption that no training signal has"
     if not sets:
         return result
     without = sample([""] * max(len(names), 2), [])
@@ -249,7 +249,7 @@ def measure_text(
             found |= _agreement(told, drawn, blind, count)
         if towers and encode_text is not None:
             texts = encode_text(drawn.prompts).repeat_interleave(count, dim=0)
-            found["clip_s"] = {"value": _mean_cosine(drawn.traits.features[1], texts), "encoder": towers[0].name}
+            found["clip_s"] = {"value": clip_score(drawn.traits.features[1], texts), "encoder": towers[0].name}
         result[what] = found | {"tmd": total_mutual_difference(drawn.traits, count)}
     alone = {"samples": len(without.comparands), "tmd": total_mutual_difference(without.traits, count)}
     result["without text"] = alone
@@ -259,11 +259,6 @@ def measure_text(
     return result | {
         "nearest_training": _nearest(domain, {**sets, "without text": without}, training, held_out, advance)
     }
-
-
-def prompt(name: str) -> str:
-    """The word of a class as a text: a chair, an armchair."""
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _agreement(told: Classifier, drawn: _Drawn, blind: Tensor, count: int) -> dict[str, Any]:

@@ -48,6 +48,11 @@ def parse(template: str) -> Parts:
     return [(literal, name) for literal, name, _, _ in parts]
 
 
+def with_article(noun: str) -> str:
+    """A chair, an armchair."""
+    return f"{'an' if _VOWEL.match(noun) else 'a'} {noun}"
+
+
 def templated(items: list[Item], templates: Sequence[str]) -> list[Item]:
     """Items with the captions that the templates make of them, in lower case, in place of their own.
 

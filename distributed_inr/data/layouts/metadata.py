@@ -173,7 +173,7 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 def _row(path: Path, number: int, values: Any, table: bool) -> Row:
     about = dict(values) if isinstance(values, dict) else {}
     if all(about.get(name) is None for name in ("key", "file_name", "modelId")):
-        raise ValueError(f"{path}, line {number} has neither file_name nor key; name the picture it describes")
+        raise ValueError(f"{path}, line {number} has neither file_name, key nor modelId; name what it describes")
     key, file, model, text = about.pop("key", None), about.pop("file_name", None), None, "text"
     if key is None and file is None:
         model = about.pop("modelId", None)
