@@ -357,6 +357,21 @@ def test_prompts_become_a_labelled_grid_and_files(finished: Path, tmp_path: Path
     np.testing.assert_allclose(first, (again.permute(1, 2, 0) * 255).numpy(), atol=1)
 
 
+def test_an_evaluation_is_not_done_before_its_text_is(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    counted: list[tuple[int, int]] = []
+
+    def measure(*args: Any, advance: Any, **given: Any) -> dict[str, Any]:
+        assert 0 < counted[-1][0] < counted[-1][1]
+        advance(7)
+        return {}
+
+    monkeypatch.setattr(sys.modules["distributed_inr.evaluation.evaluate"], "measure_text", measure)
+    dinr.evaluate(finished, out=tmp_path, progress=lambda done, total, figures: counted.append((done, total)))
+    assert counted[-2][0] == counted[-3][0] + 7 and counted[-1][0] == counted[-1][1]
+
+
 def test_a_sheet_is_of_so_many_samples_of_a_prompt_and_says_so(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -13,10 +13,11 @@ import torch
 
 from distributed_inr.data import storage
 from distributed_inr.evaluation import report
+from distributed_inr.evaluation.classifier import MAX_SIGNALS
 from distributed_inr.evaluation.distances import CHECKPOINT_SAMPLES, checkpoints, distances, num_held_out, num_samples
 from distributed_inr.evaluation.reconstructions import kept_back, reconstructions
-from distributed_inr.evaluation.splits import MAX_TRAINING_SIGNALS, SHOWN, Split, survey
-from distributed_inr.evaluation.text import ImageTower, measure_text
+from distributed_inr.evaluation.splits import MAX_TRAINING_SIGNALS, SHOWN, Advance, Split, survey
+from distributed_inr.evaluation.text import MAX_CAPTIONS, SAMPLES, ImageTower, measure_text
 from distributed_inr.evaluation.text_report import write_confusion
 from distributed_inr.files import make_folder
 from distributed_inr.generation import FieldModel, load
@@ -25,6 +26,8 @@ from distributed_inr.training.checkpoint_reader import BANK
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with (signals done, of how many, {})."""
+
+_USUAL_CLASSES = 10
 
 
 @torch.no_grad()
@@ -69,7 +72,7 @@ def evaluate(
     else:
         result["samples"] = distances(model, training, held_out, known, pictures, bar.advance, left_out)
         if experiment.text is not None and known is not None:
-            result["text"] = _text(model, training, held_out, pictures, left_out)
+            result["text"] = _text(model, training, held_out, pictures, left_out, bar.advance)
 
     result |= {"left_out": left_out, "seconds": round(time.monotonic() - begin, 1)}
     names = pictures.write(folder) + write_confusion(result.get("text", {}), folder)
@@ -80,7 +83,12 @@ def evaluate(
 
 
 def _text(
-    model: FieldModel, training: Split, held_out: Split | None, pictures: report.Pictures, left_out: dict[str, str]
+    model: FieldModel,
+    training: Split,
+    held_out: Split | None,
+    pictures: report.Pictures,
+    left_out: dict[str, str],
+    advance: Advance,
 ) -> dict[str, Any]:
     """How samples of a run with text follow it; the first ones of the words of classes are kept for a sheet."""
     cfg, domain, drawn = model.experiment.text, model.domain, dict[str, torch.Tensor]()
@@ -95,7 +103,9 @@ def _text(
         drawn.update(zip(prompts, latents.split(count), strict=True))
         return latents
 
-    found = measure_text(model, draw, training, held_out, left_out=left_out, tower=tower, encode_text=encode_text)
+    found = measure_text(
+        model, draw, training, held_out, left_out=left_out, tower=tower, encode_text=encode_text, advance=advance
+    )
     shown = found.get("class words", found.get("held-out captions", {"prompts": []}))["prompts"][:SHOWN]
     for prompt in shown:
         rendered = model.decode(drawn[prompt][:SHOWN]).render(domain.size)
@@ -122,6 +132,9 @@ class Bar:
                 self.total += len(training.spread(2 * evaluation.num_samples))
                 earlier = [path for path in checkpoints(model).values() if path is not None]
                 self.total += min(CHECKPOINT_SAMPLES, evaluation.num_samples) * len(earlier)
+            if model.experiment.text is not None:  # about: how many classes there are is not known yet
+                self.total += len(training.spread(MAX_SIGNALS)) + len(training.spread(MAX_TRAINING_SIGNALS))
+                self.total += SAMPLES * (MAX_CAPTIONS + 2 * _USUAL_CLASSES)
 
     def advance(self, count: int) -> None:
         self.done += count
