@@ -38,7 +38,7 @@ def sample_files(
     out: Path | None = None,
     *,
     count: int | None = None,
-    text: Sequence[str] | None = None,
+    text: str | Sequence[str] | None = None,
     negative_text: str | None = None,
     guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
@@ -70,6 +70,7 @@ def sample_files(
     """
     resolution, suffix = check_resolution(model, resolution), check_suffix(model, suffix)
     options = check_options(model.domain, suffix, resolution, options or {})
+    text = [text] if isinstance(text, str) else text
     if fix_layers is None and branches is not None:
         raise ValueError(f"branches={branches} redraws layers after held ones; say how many with fix_layers")
     branches = 4 if branches is None else branches

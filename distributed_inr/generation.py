@@ -153,8 +153,9 @@ class FieldModel:
             raise ValueError("text=[] holds no prompt; give one or more, or leave it out")
         own = {name: value for name, value in given.items() if value is not None and name.startswith("guidance")}
         settings = override(self.experiment, {f"sampling.{name}": value for name, value in own.items()}).sampling
-        if idle := [n for n in _IDLE_AT.get(settings.guidance, ()) if given[n]]:
-            logger.warning("%s has no influence at guidance=%g", f"{idle[0]}={given[idle[0]]!r}", settings.guidance)
+        for name in _IDLE_AT.get(settings.guidance, ()):
+            if given[name]:
+                logger.warning("%s=%r has no influence at guidance=%g", name, given[name], settings.guidance)
         embedded = self.embed([*prompts, negative_text or ""])
         last = torch.full((len(prompts),), len(prompts))
         return Guidance(
@@ -343,7 +344,7 @@ def set_weights(module: nn.Module, weights: Mapping[str, Tensor], *, source: str
     module.eval().requires_grad_(False)
 
 
-_IDLE_AT = {1.0: ("negative_text", "guidance_rescale"), 0.0: ("guidance_rescale",)}
+_IDLE_AT = {1.0: ("negative_text", "guidance_interval", "guidance_rescale"), 0.0: ("guidance_rescale",)}
 """Options without influence at some scales of guidance."""
 
 _UNFINISHED = "the run has not come that far; run its training job to the end, or give another run folder"

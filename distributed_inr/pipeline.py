@@ -37,7 +37,7 @@ from distributed_inr.run_folder import (
     settle_output,
     write_text,
 )
-from distributed_inr.texts import check_captions, refuse_other_encoder, write_texts
+from distributed_inr.texts import check_captions, refuse_other_encoder, weights_of, write_texts
 from distributed_inr.training import checkpoint, ledger
 from distributed_inr.training.bank import MAPPED_ABOVE, Bank, num_bytes
 from distributed_inr.training.checkpoint_reader import BANK
@@ -81,7 +81,7 @@ def run(
     experiment = experiment.settle(train_index.num_samples, train_index.protocol)
     weights = None
     if "text" in stages and experiment.text is not None:
-        weights = experiment.text.local_sha256  # is there such an encoder?
+        weights = weights_of(experiment, _stages(experiment)[2])  # is there such an encoder?
     with torch.device("meta"):  # shapes only: what does not fit is found before anything is trained
         autoencoder = experiment.autoencoder.build(experiment.domain)
         prior = experiment.prior.build(autoencoder.latent_shape)
@@ -144,7 +144,7 @@ def run(
                 inputs["weights"] = weights
             if not (embed.is_current(inputs) and TextTable.is_whole(embed.folder)):
                 embed.begin(inputs)
-                work = functools.partial(write_texts, experiment=experiment, stage=embed)
+                work = functools.partial(write_texts, experiment=experiment, stage=embed, fit_prior=fit_prior)
                 place.run(work, title="text", folder=embed.folder, num_workers=1)
                 embed.finish(inputs)
 

@@ -18,8 +18,8 @@ def fit(picture: Float[Tensor, "3 height width"], size: int) -> Image.Image:
 
 
 def titled(text: str) -> str:
-    """A column's title in short lines."""
-    return "\n".join(textwrap.wrap(text, 20))
+    """A title of a row or a column in at most five short lines."""
+    return "\n".join(textwrap.wrap(text, 20, max_lines=5, placeholder="..."))
 
 
 def in_rows(pictures: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:

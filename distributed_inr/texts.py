@@ -11,22 +11,29 @@ import torch
 from distributed_inr.config import from_json
 from distributed_inr.data import storage
 from distributed_inr.data.reader import Data
-from distributed_inr.data.shards import ShardIndex
-from distributed_inr.data.text_table import identity, write_table
+from distributed_inr.data.shards import ShardIndex, records
+from distributed_inr.data.text_table import TextTable, identity, write_table
 from distributed_inr.domains.domain import caption, captions
 from distributed_inr.experiment import Experiment
 from distributed_inr.launch import Worker
+from distributed_inr.models.text import NoWeights
 from distributed_inr.run_folder import Stage
 from distributed_inr.training import checkpoint
 
 logger = logging.getLogger(__name__)
 
 
-def write_texts(worker: Worker, *, experiment: Experiment, stage: Stage) -> None:
-    """Embed the distinct captions of the latents, which the prior trains on, of the held-out set, and no caption."""
+def write_texts(worker: Worker, *, experiment: Experiment, stage: Stage, fit_prior: Stage) -> None:
+    """Embed the distinct captions of the latents, which the prior trains on, of the held-out set, and no caption.
+
+    Raises ValueError, and leaves the table as it is, where the stage `fit_prior` knows another encoder.
+    """
     stage.check_shared()
-    stage.clear()
     assert experiment.text is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = experiment.text.build().to(device)
+    refuse_other_encoder(experiment, fit_prior, identity(encoder.name, encoder.sha256))
+    stage.clear()
     data = experiment.data
     found: set[str] = set()
     latents = str(experiment.folder / "latents")
@@ -34,13 +41,27 @@ def write_texts(worker: Worker, *, experiment: Experiment, stage: Stage) -> None
         found.update(read_captions(data, data.index(url)))
         if number == 0 and not found:
             raise _no_captions(experiment)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = experiment.text.build().to(device)
     try:
-        table = write_table(stage.folder, found, encoder)
+        table = write_table(stage.folder, found, encoder, progress=lambda done, count: worker.progress(done, count, {}))
     except OSError as error:
         raise storage.explain(error, str(stage.folder)) from None
     logger.info("text: %d captions by %s", table.captions, table.identity)
+
+
+def weights_of(experiment: Experiment, stage: Stage) -> str | None:
+    """The sha256 of the text encoder's weights, where it is known without a download; those that the finished stage was
+    made with where they are gone since, for it needs them no more.
+
+    Raises ValueError where there can be none such.
+    """
+    assert experiment.text is not None
+    try:
+        return experiment.text.local_sha256
+    except NoWeights:
+        made_from = stage.made_from
+        if not (stage.is_current(made_from) and TextTable.is_whole(stage.folder)):
+            raise
+        return made_from.get("weights")
 
 
 def check_captions(experiment: Experiment, index: ShardIndex) -> None:
@@ -81,7 +102,7 @@ def refuse_other_encoder(experiment: Experiment, fit_prior: Stage, encoder: str)
 
 def read_captions(data: Data, index: ShardIndex) -> Iterator[str]:
     """Every caption of a set, those of several samples again."""
-    for record in data.records(index, only=("txt",)):
+    for _, record in records(index, data.cache(), only=("txt",)):
         try:
             yield from captions(caption(record))
         except ValueError as error:  # such a sample is counted as a bad one where it is read

@@ -92,7 +92,7 @@ def test_a_table_is_read_as_json_lines_are(tmp_path: Path) -> None:
     [
         (b"key,text\na,x\nb,y,z\n", "line 3 is no row of a table: more cells than the header's 2; mend it"),
         (b'key,text\na,"x\n', "line 2 is no row of a table: unexpected end of data; mend it"),
-        (b"name,text\na,x\n", "line 2 has neither file_name nor key; name the picture it describes"),
+        (b"name,text\na,x\n", "line 2 has neither file_name, key nor modelId; name what it describes"),
         (b"key,text\na,na\xefve\n", "is not UTF-8 .*; save it as UTF-8"),
         (b"key,text\nz,x\n", "captions.csv names 1 files that are not in .*raw, first 'z'; restore"),
     ],

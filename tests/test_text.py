@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from tiny_clip import CONTEXT, NAME, WIDTH, register, tiny_clip
 
 from distributed_inr.config import from_json, override, to_json
 from distributed_inr.evaluation.text import ImageTower
+from distributed_inr.models import open_clip_zoo
 from distributed_inr.models.text import MiniLM, MiniLMEncoder, OpenCLIP, OpenCLIPEncoder, load_encoder
 
 PROMPTS = ["", "a chair", "a round table!!", "ein Stühlchen 椅子"]
@@ -103,30 +103,26 @@ def test_a_prompt_does_not_depend_on_its_neighbours(clip: OpenCLIPEncoder, minil
         torch.testing.assert_close(together.tokens[2, :length], alone.tokens[0, :length], rtol=0, atol=1e-5)
 
 
-def test_a_prompt_that_is_too_long_is_cut_and_what_is_lost_is_shown(
-    clip: OpenCLIPEncoder, minilm: MiniLMEncoder, caplog: pytest.LogCaptureFixture
-):
+def test_a_prompt_that_is_too_long_is_cut_and_what_is_lost_is_said(clip: OpenCLIPEncoder, minilm: MiniLMEncoder):
     words = "one two three four five six seven eight nine ten"  # CONTEXT less start and end
-    with caplog.at_level(logging.WARNING):
-        fitting = clip([words])
-    assert not caplog.records and fitting.mask.sum() == CONTEXT
+    fitting = clip([words])
+    assert not fitting.remarks and fitting.mask.sum() == CONTEXT
     cut = clip([f"{words} eleven twelve"])
     assert torch.equal(cut.tokens, fitting.tokens) and torch.equal(cut.pooled, fitting.pooled)
-    assert f"has 12 tokens, open_clip {NAME} reads 10: what follows is lost: 'eleven twelve" in caplog.text
-    caplog.clear()
+    (remark,) = cut.remarks
+    assert f"has 12 tokens, open_clip {NAME} reads 10: what follows is lost: 'eleven twelve" in remark
     long = " ".join(["chair"] * 254)
-    with caplog.at_level(logging.WARNING):
-        fitting = minilm([long])
-    assert not caplog.records
-    assert torch.equal(minilm([f"{long} red lamp"]).tokens, fitting.tokens)
-    assert "has 256 tokens, all-MiniLM-L6-v2 reads 254: what follows is lost: 'red lamp'" in caplog.text
+    fitting = minilm([long])
+    assert not fitting.remarks
+    cut = minilm([f"{long} red lamp"])
+    assert torch.equal(cut.tokens, fitting.tokens)
+    assert "has 256 tokens, all-MiniLM-L6-v2 reads 254: what follows is lost: 'red lamp'" in cut.remarks[0]
 
 
-def test_words_that_an_english_model_does_not_know_are_said(minilm: MiniLMEncoder, caplog: pytest.LogCaptureFixture):
-    minilm(["a chair, please"])
-    assert not caplog.records
-    minilm(["кресло ꙮ chair"])
-    assert "1 of the" in caplog.text and "unknown to all-MiniLM-L6-v2" in caplog.text
+def test_words_that_an_english_model_does_not_know_are_said(minilm: MiniLMEncoder):
+    assert not minilm(["a chair, please"]).remarks
+    (remark,) = minilm(["кресло ꙮ chair"]).remarks
+    assert "1 of the" in remark and "unknown to all-MiniLM-L6-v2" in remark
 
 
 def test_other_weights_are_refused(folder: Path, tmp_path: Path):
@@ -153,6 +149,28 @@ def test_unknown_models_and_tags_are_one_line(folder: Path):
         OpenCLIP(model="ViT-B-32", pretrained="no-such-tag").build()
     with pytest.raises(ValueError, match=r"text tower of another library"):
         _ = OpenCLIP(model="roberta-ViT-B-32").width
+
+
+@pytest.mark.parametrize("name", ["hf-hub:someone/some-model", "local-dir:/no/such"])
+def test_models_that_bring_weights_of_their_own_are_none(folder: Path, name: str):
+    with pytest.raises(ValueError, match=rf"text.model='{name}' is none of open_clip's models"):
+        OpenCLIP(model=name, pretrained=None).build()
+
+
+def test_weights_of_another_activation_are_refused():
+    with pytest.raises(ValueError, match=r"pretrained=openai was trained with another .*use text.model=ViT-L-14-q"):
+        _ = OpenCLIP(model="ViT-L-14", pretrained="openai").local_sha256
+    assert OpenCLIP(model="ViT-L-14-quickgelu", pretrained="openai").local_sha256 is None
+
+
+def test_preprocessing_is_that_of_the_weights(folder: Path, tmp_path: Path):
+    by_tag = open_clip_zoo.preprocessing("ViT-L-14", "laion2b_s32b_b82k")
+    assert by_tag is not None and by_tag["mean"] == (0.5, 0.5, 0.5)
+    assert open_clip_zoo.preprocessing("ViT-L-14", str(tmp_path / "some.pt")) is None  # its tags differ
+    squashed = open_clip_zoo.preprocessing("ViT-B-16-SigLIP", str(tmp_path / "some.pt"))
+    assert squashed is not None and squashed["resize_mode"] == "squash" and squashed["mean"] == (0.5, 0.5, 0.5)
+    register(folder)
+    assert open_clip_zoo.preprocessing(NAME, None) == {}
 
 
 def test_a_tokenizer_that_cannot_be_had_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,23 +57,27 @@ def test_total_mutual_difference_leaves_out_samples_without_a_surface():
 
 
 def test_clip_score_is_a_hundred_times_the_mean_cosine_without_negative_ones():
-    tower = text.ImageTower("mean colour", lambda p: p.mean((2, 3)), pixels=4, mean=ZERO, deviation=ONE)
+    tower = text.ImageTower("mean colour", lambda p: p.mean((2, 3)), size=4, mean=ZERO, std=ONE)
     pictures = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])[..., None, None].expand(-1, -1, 4, 4)
     texts = torch.tensor([[5.0, 0, 0], [3, 4, 0], [0, 0, -1]])
     assert text.clip_score(tower(pictures), texts) == pytest.approx(100 * (1 + 0.8 + 0) / 3)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (20, 20), (24, 60)])
-def test_pictures_reach_the_image_tower_as_open_clip_prepares_them(shape: tuple[int, int]):
+@pytest.mark.parametrize(("resize_mode", "interpolation"), [("shortest", "bicubic"), ("squash", "bilinear")])
+def test_pictures_reach_the_image_tower_as_open_clip_prepares_them(
+    shape: tuple[int, int], resize_mode: Any, interpolation: Any
+):
     import_torchvision()
     import open_clip
 
+    about: Any = {"resize_mode": resize_mode, "interpolation": interpolation, "mean": OPENAI_MEAN}
+    about["std"] = OPENAI_DEVIATION
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(1, 3, 5, 5, generator=generator)
     picture = F.interpolate(coarse, size=shape, mode="bicubic").clamp(0, 1).mul(255).round() / 255
-    prepare = open_clip.image_transform(32, is_train=False, mean=OPENAI_MEAN, std=OPENAI_DEVIATION)
-    expected = prepare(to_pillow(picture[0]))
-    tower = text.ImageTower("", torch.nn.Flatten(), pixels=32, mean=OPENAI_MEAN, deviation=OPENAI_DEVIATION)
+    expected = open_clip.image_transform(32, is_train=False, **about)(to_pillow(picture[0]))
+    tower = text.ImageTower("", torch.nn.Flatten(), size=32, **about)
     torch.testing.assert_close(tower(picture).view(3, 32, 32), expected, rtol=0, atol=2 / 255 / 0.26)  # 8 bits
 
 
@@ -251,7 +256,7 @@ def test_samples_that_ignore_their_text_agree_by_chance(solids: Path):
 
 def test_clip_s_is_measured_where_the_encoder_has_an_image_tower(solids: Path):
     model, left_out = solid_model(solids), {}
-    tower = text.ImageTower("tiny", lambda p: p.mean((2, 3)), pixels=8, mean=ZERO, deviation=ONE)
+    tower = text.ImageTower("tiny", lambda p: p.mean((2, 3)), size=8, mean=ZERO, std=ONE)
     found = text.measure_text(
         model,
         draw_rightly,

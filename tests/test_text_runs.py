@@ -1,57 +1,35 @@
-"""Runs with text: the table of embeddings, the stages that depend on it, and samples that follow prompts."""
+"""Runs with text: the table of embeddings, and the stages that depend on it."""
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image as Picture
 from safetensors.torch import load_file
 from tiny_clip import NAME, WIDTH, tiny_clip
-from tiny_domains import DOMAINS, RECORDS, tiny_experiment, write_sets
-from tiny_run import write_run
+from tiny_domains import DOMAINS, write_sets
+from tiny_text import CAPTIONS, DISTINCT, text_experiment, write_captioned
 
 import distributed_inr as dinr
-from distributed_inr import files, pipeline
+from distributed_inr import pipeline
 from distributed_inr.analysis.control import redraw, tree
-from distributed_inr.config import override
-from distributed_inr.data.shard_writer import ShardWriter
 from distributed_inr.data.text_table import TextTable, identity, read_captioned_latent, write_table
 from distributed_inr.experiment import Experiment
-from distributed_inr.files import export, sample_files
-from distributed_inr.models.text import MiniLM, OpenCLIP, TextEncoder, load_encoder
+from distributed_inr.files import sample_files
+from distributed_inr.models import open_clip_zoo
+from distributed_inr.models.text import LOADED, MiniLM, OpenCLIP, TextEncoder
 from distributed_inr.randomness import sample_seed
 from distributed_inr.raw.arrays import write_npy
-
-REPOSITORY = Path(__file__).parents[1]
-CAPTIONS = ["a chair\nchair", "a round  table\ntable\na chair", "", "a lamp", "a chair", "椅子"]
-DISTINCT = {"", "a chair", "chair", "a round table", "table", "a lamp", "椅子"}
-
-
-def write_captioned(folder: Path) -> None:
-    """Six tiny pictures for training and for validation, with captions."""
-    for part in ("train", "val"):
-        writer = ShardWriter(folder / part, domain="image", protocol={"made": "for tests"})
-        for number, text in enumerate(CAPTIONS):
-            record = {"__key__": f"{number:04d}", **RECORDS["image"](DOMAINS["image"], number)}
-            writer.write(record | ({"txt": text.encode()} if text else {}))
-        writer.close()
-
-
-def experiment(folder: Path, text: Any, family: str = "ddmi", **changes: Any) -> Experiment:
-    given = {f"text.{name}": value for name, value in vars(text).items() if not name.startswith("_")}
-    return override(tiny_experiment("image", family, folder), given | changes)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    write_captioned(folder)
+    for part in ("train", "val"):
+        write_captioned(folder / part, CAPTIONS)
     return folder
 
 
@@ -63,7 +41,7 @@ def clip(home: Path) -> OpenCLIP:
 @pytest.fixture(scope="module")
 def finished(home: Path, clip: OpenCLIP) -> Path:
     """A run of DDMI with text; tests that change it copy it."""
-    return pipeline.run(experiment(home, clip))["run"]
+    return pipeline.run(text_experiment(home, clip))["run"]
 
 
 def copy(run: Path, folder: Path) -> Path:
@@ -74,7 +52,7 @@ def copy(run: Path, folder: Path) -> Path:
 
 
 def again(run: Path, home: Path, text: Any, **changes: Any) -> Experiment:
-    return experiment(home, text, **{"output": str(run.parents[1])} | changes)
+    return text_experiment(home, text, **{"output": str(run.parents[1])} | changes)
 
 
 # --- the table
@@ -93,9 +71,8 @@ def test_a_table_holds_each_caption_once_unpadded_and_mapped(finished: Path, cli
         assert torch.equal(tokens[mask], expected) and not tokens[~mask].any()
         assert torch.equal(table.tokens(caption), expected)
         total += int(mask.sum())
-    stored = np.load(finished / "text" / "tokens.npy", mmap_mode="r")
-    assert stored.shape == (total, WIDTH) and stored.dtype == np.float16
-    assert isinstance(table._array("tokens"), np.memmap)
+    assert (finished / "text" / "tokens.f16").stat().st_size == 2 * total * WIDTH
+    assert isinstance(table._rows, np.memmap)
     assert "a  round table" in table and "a square table" not in table
     with pytest.raises(ValueError, match="has no embedding of 'a square table'"):
         table.lookup("a square table")
@@ -109,8 +86,8 @@ def test_a_table_that_is_not_whole_is_no_table(finished: Path, tmp_path: Path):
     ):
         TextTable.open(run / "text")
     (run / "text" / "table.json").write_text((finished / "text" / "table.json").read_text())
-    (run / "text" / "tokens.npy").write_bytes(b"no array")
-    with pytest.raises(ValueError, match=r"tokens.npy cannot be read: .*delete .* to make it again"):
+    (run / "text" / "tokens.f16").write_bytes(b"no array")
+    with pytest.raises(ValueError, match=r"tokens.f16 cannot be read: it has 8 bytes, not .*; delete .* to make it"):
         TextTable.open(run / "text").lookup("a chair")
 
 
@@ -194,7 +171,7 @@ def test_other_weights_at_the_same_path_are_refused_before_anything_is_written(
         assert (run / "text" / "table.json").read_bytes() == table
         model = dinr.load(run)  # prompts of the table are known; others need the encoder, which is another one
         model.sample(1, text="a chair", steps=2)
-        load_encoder.cache_clear()
+        LOADED.clear()
         with pytest.raises(
             ValueError, match=r"was trained with text embedded by .*, and text.kind=open-clip now loads"
         ):
@@ -202,12 +179,34 @@ def test_other_weights_at_the_same_path_are_refused_before_anything_is_written(
         with pytest.raises(ValueError, match=r"was trained with text embedded by "):
             model.load_text_encoder(with_images=True)
         moved.unlink()
-        load_encoder.cache_clear()
+        LOADED.clear()
         with pytest.raises(ValueError, match=r"config.json: text.pretrained=.* is neither a file nor one of"):
             model.sample(1, text="a stool", steps=2)
+        shutil.rmtree(run / "evaluation")  # a finished table needs its weights no more
+        pipeline.run(again(run, home, clip))
+        assert "neither a file" in json.loads((run / "evaluation.json").read_text())["left_out"]["text"]
+        (run / "text" / "table.json").unlink()
+        with pytest.raises(ValueError, match=r"text.pretrained=.* is neither a file nor one of"):
+            pipeline.run(again(run, home, clip))
     finally:
         moved.write_bytes(kept)
-        load_encoder.cache_clear()
+        LOADED.clear()
+
+
+def test_an_encoder_by_a_tag_is_refused_before_it_replaces_the_table(
+    finished: Path, home: Path, clip: OpenCLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = copy(finished, tmp_path)
+    table = (run / "text" / "table.json").read_bytes()
+    fetched = tiny_clip(tmp_path, seed=1).build()
+    monkeypatch.setattr(open_clip_zoo, "tags", lambda model: ["some_tag"])
+    monkeypatch.setattr(open_clip_zoo, "_about", lambda model, tag: {})
+    monkeypatch.setattr(OpenCLIP, "build", lambda self, *, with_images=False: fetched)
+    with pytest.raises(ValueError, match="was trained on captions embedded by .*, and `text` is .*: bring that one"):
+        pipeline.run(again(run, home, OpenCLIP(model=NAME, pretrained="some_tag")))
+    assert (run / "text" / "table.json").read_bytes() == table
+    with pytest.raises(ValueError, match=r"was trained with text embedded by .*, and text.kind=open-clip now loads"):
+        dinr.load(run).sample(1, text="a stool", steps=2)
 
 
 def test_the_same_weights_may_be_moved(finished: Path, home: Path, clip: OpenCLIP, tmp_path: Path):
@@ -223,35 +222,35 @@ def test_the_same_weights_may_be_moved(finished: Path, home: Path, clip: OpenCLI
 
 def test_checkpoints_elsewhere_hold_to_their_encoder(home: Path, clip: OpenCLIP, tmp_path: Path):
     places = {"output": str(tmp_path / "runs"), "checkpoints": str(tmp_path / "kept")}
-    run = pipeline.run(experiment(home, clip, **places))["run"]
+    run = pipeline.run(text_experiment(home, clip, **places))["run"]
     kept = tmp_path / "kept" / run.parent.name / run.name / "prior"
     shutil.rmtree(run / "prior")
     other = tiny_clip(tmp_path, seed=1)
     before = (run / "config.json").read_text()
     with pytest.raises(ValueError) as refused:
-        pipeline.run(experiment(home, other, **places))
+        pipeline.run(text_experiment(home, other, **places))
     assert f"{kept} was trained on captions embedded by {identity(clip.label, clip.local_sha256 or '')}" in str(
         refused.value
     )
     assert f"or delete {run / 'prior'} and {kept} to train it again" in str(refused.value)
     assert (run / "config.json").read_text() == before
     shutil.rmtree(kept)
-    pipeline.run(experiment(home, other, **places))
+    pipeline.run(text_experiment(home, other, **places))
     assert TextTable.open(run / "text").sha256 == other.local_sha256
 
 
 def test_an_encoder_that_there_is_not_is_said_before_anything_is_trained(home: Path, clip: OpenCLIP, tmp_path: Path):
     output = {"output": str(tmp_path / "runs")}
     with pytest.raises(ValueError, match=r"text.sha256=00ff: .*give the weights that are meant"):
-        pipeline.run(experiment(home, MiniLM(sha256="00ff"), **output))
+        pipeline.run(text_experiment(home, MiniLM(sha256="00ff"), **output))
     with pytest.raises(ValueError, match=r"text.pretrained=nowhere.pt is neither a file nor one of open_clip's tags"):
-        pipeline.run(experiment(home, OpenCLIP(model=NAME, pretrained="nowhere.pt"), **output))
+        pipeline.run(text_experiment(home, OpenCLIP(model=NAME, pretrained="nowhere.pt"), **output))
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_set_without_captions_is_one_clear_line(tmp_path: Path, clip: OpenCLIP):
     write_sets(DOMAINS["image"], tmp_path)
-    given = experiment(tmp_path, clip)
+    given = text_experiment(tmp_path, clip)
     with pytest.raises(ValueError, match=r"data.train=.* has no captions to condition on \(text.kind=open-clip\)"):
         pipeline.run(given)
     assert not (given.folder / "autoencoder").exists()  # said before anything is trained
@@ -261,7 +260,7 @@ def test_a_table_that_was_interrupted_is_made_again(finished: Path, home: Path, 
     run = copy(finished, tmp_path)
     record = json.loads((run / "text" / "stage.json").read_text())
     (run / "text" / "stage.json").write_text(json.dumps(record | {"complete": False}))
-    (run / "text" / "tokens.npy").write_bytes(b"half")
+    (run / "text" / "tokens.f16").write_bytes(b"half")
     (run / "text" / "table.json").unlink()
     pipeline.run(again(run, home, clip))
     assert TextTable.open(run / "text").fingerprint == TextTable.open(finished / "text").fingerprint
@@ -269,7 +268,7 @@ def test_a_table_that_was_interrupted_is_made_again(finished: Path, home: Path, 
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("table.json", None), ("table.json", b"{"), ("tokens.npy", b""), ("starts.npy", b"half"), ("hashes.npy", None)],
+    [("table.json", None), ("table.json", b"{"), ("tokens.f16", b""), ("starts.npy", b"half"), ("hashes.npy", None)],
 )
 def test_a_table_that_was_damaged_is_made_again(
     finished: Path, home: Path, clip: OpenCLIP, tmp_path: Path, name: str, content: bytes | None
@@ -287,7 +286,7 @@ def test_a_table_that_was_damaged_is_made_again(
 
 
 def test_both_families_train_and_sample_with_text(home: Path, clip: OpenCLIP):
-    run = pipeline.run(experiment(home, clip, "chinr"))["run"]
+    run = pipeline.run(text_experiment(home, clip, "chinr"))["run"]
     model = dinr.load(run)
     guide = model.guide(["a chair", "a lamp"], guidance=3.0)
     latents = model.sample_latents(2, guide=guide, steps=2)
@@ -299,167 +298,6 @@ def test_both_families_train_and_sample_with_text(home: Path, clip: OpenCLIP):
     made = tree(model, branches=1, steps=2)  # analyses draw with the empty prompt
     path = max(made.nodes, key=len)
     assert torch.equal(redraw(model, made, path), made.nodes[path].latent)
-
-
-# --- samples
-
-
-def test_samples_depend_on_their_seed_and_prompt_alone(finished: Path):
-    model = dinr.load(finished)
-    prompts = ["a chair", "a lamp", "something that no caption says"]
-
-    def draw(count: int, text: Any, **how: Any) -> torch.Tensor:
-        return model.sample_latents(count, guide=model.guide(text), steps=3, **how)
-
-    drawn = draw(2, prompts, seed=4)
-    assert len(drawn) == 6
-    torch.testing.assert_close(draw(1, prompts[1], seed=4, start=3), drawn[3:4], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(draw(2, prompts[2], seed=4, start=4), drawn[4:], rtol=1e-4, atol=1e-5)
-    assert torch.equal(draw(2, " a  chair\n", seed=4), draw(2, "a chair", seed=4))
-    empty, plain = draw(2, "", seed=4), model.sample_latents(2, seed=4, steps=3)
-    torch.testing.assert_close(empty, plain, rtol=1e-4, atol=1e-5)
-
-
-def test_guidance_without_text_or_prompt_is_one_clear_line(finished: Path, tmp_path: Path):
-    model = dinr.load(finished)
-    with pytest.raises(ValueError, match=r"guidance=3.0 has no prompt that it could guide towards; give text"):
-        model.sample(1, guidance=3.0)
-    with pytest.raises(ValueError, match=r"text=\[\] holds no prompt"):
-        model.sample(1, text=[])
-    with pytest.raises(ValueError, match=r"sampling.guidance=-1.0: .*greater than or equal to 0"):
-        model.sample(1, text="a chair", guidance=-1.0)
-    with pytest.raises(ValueError, match=r"sampling.guidance_interval=0.7 0.2 must rise"):
-        model.sample(1, text="a chair", guidance_interval=(0.7, 0.2))
-    without = dinr.load(write_run(tmp_path))
-    for given in ({"guidance": 3.0}, {"text": "a chair"}, {"negative_text": "a lamp"}):
-        name, value = next(iter(given.items()))
-        with pytest.raises(ValueError, match=rf"{name}={value!r}: .*tiny was trained without text; leave it out"):
-            without.sample(1, **given)
-
-
-def test_prompts_become_a_labelled_grid_and_files(finished: Path, tmp_path: Path):
-    model = dinr.load(finished)
-    paths = sample_files(model, tmp_path / "out", text=["a chair", "", "椅子", "A Round table!"], count=2, steps=2)
-    names = [path.name for path in paths]
-    assert names[:2] == ["seed0-16px-000-a-chair.png", "seed0-16px-001-a-chair.png"]
-    assert names[2:8] == [
-        *["seed0-16px-002.png", "seed0-16px-003.png", "seed0-16px-004.png", "seed0-16px-005.png"],
-        *["seed0-16px-006-a-round-table.png", "seed0-16px-007-a-round-table.png"],
-    ]
-    nodes = json.loads(paths[-2].read_text())["nodes"]
-    assert [node["prompt"] for node in nodes] == [p for p in ("a chair", "", "椅子", "A Round table!") for _ in (0, 1)]
-    assert [node["seed"] for node in nodes] == [sample_seed(0, i) for i in range(8)]
-    with Picture.open(paths[-1]) as grid:
-        assert grid.height > 4 * 128 and grid.width > 2 * 128 + 40  # four rows, and a column of prompts
-    with Picture.open(paths[0]) as picture:
-        first = np.asarray(picture)
-    again = model.sample(1, text="a chair", steps=2).render(16)[0]
-    np.testing.assert_allclose(first, (again.permute(1, 2, 0) * 255).numpy(), atol=1)
-
-
-def test_an_evaluation_is_not_done_before_its_text_is(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    counted: list[tuple[int, int]] = []
-
-    def measure(*args: Any, advance: Any, **given: Any) -> dict[str, Any]:
-        assert 0 < counted[-1][0] < counted[-1][1]
-        advance(7)
-        return {}
-
-    monkeypatch.setattr(sys.modules["distributed_inr.evaluation.evaluate"], "measure_text", measure)
-    dinr.evaluate(finished, out=tmp_path, progress=lambda done, total, figures: counted.append((done, total)))
-    assert counted[-2][0] == counted[-3][0] + 7 and counted[-1][0] == counted[-1][1]
-
-
-def test_a_sheet_is_of_so_many_samples_of_a_prompt_and_says_so(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    drawn: dict[str, Any] = {}
-
-    def keep(rows: Any, **given: Any) -> Picture.Image:
-        drawn.update(given, rows=rows)
-        return Picture.new("RGB", (1, 1))
-
-    monkeypatch.setattr(files, "sheet", keep)
-    paths = sample_files(dinr.load(finished), tmp_path, text=["a chair", "a lamp"], count=18, steps=1)
-    assert len(paths) == 36 + 2
-    assert [len(row) for row in drawn["rows"]] == [16, 16] and drawn["row_titles"] == ["a chair", "a lamp"]
-    assert drawn["title"] == "the first 16 of 18 samples of each prompt"
-    with Picture.open(paths[18]) as picture:
-        lamp = np.asarray(picture)
-    assert np.array_equal(np.asarray(drawn["rows"][1][0].resize((16, 16), Picture.Resampling.NEAREST)), lamp)
-    sample_files(dinr.load(finished), tmp_path, text=["a chair"] * 5, count=17, steps=1)
-    assert [len(row) for row in drawn["rows"]] == [16] * 4
-    assert drawn["title"] == "the first 16 of 17 samples of the first 4 of 5 prompts"
-
-
-def test_options_without_influence_are_said(finished: Path, caplog: pytest.LogCaptureFixture):
-    model = dinr.load(finished)
-    model.guide("a chair", negative_text="a lamp", guidance=3.0, guidance_rescale=0.5)
-    model.guide("a chair", guidance=1.0, guidance_rescale=0.0)
-    model.guide("a chair", negative_text="a lamp", guidance=0.0)
-    assert not caplog.messages
-    model.guide("a chair", negative_text="a lamp", guidance=1.0)
-    model.guide("a chair", guidance=0.0, guidance_rescale=0.5)
-    assert caplog.messages == [
-        "negative_text='a lamp' has no influence at guidance=1",
-        "guidance_rescale=0.5 has no influence at guidance=0",
-    ]
-
-
-def test_many_prompts_are_embedded_in_parts(finished: Path, monkeypatch: pytest.MonkeyPatch):
-    model = dinr.load(finished)
-    prompts = [f"chair {i}" for i in range(150)]
-    encoder, sizes = model.load_text_encoder(), []
-    forward = encoder.forward
-
-    def counted(part: list[str]) -> Any:
-        sizes.append(len(part))
-        return forward(part)
-
-    monkeypatch.setattr(encoder, "forward", counted)
-    found = model.embed(prompts)
-    assert sizes == [64, 64, 22] and len(found.mask) == 150
-    one = encoder([prompts[149]])
-    torch.testing.assert_close(found.tokens[149][found.mask[149]], one.tokens[0][one.mask[0]], rtol=1e-3, atol=2e-3)
-
-
-@pytest.mark.slow
-def test_the_sampling_job_reads_prompts_from_a_file(finished: Path, tmp_path: Path):
-    """With prompts of the table, since a process of its own does not know the tiny model."""
-    run = copy(finished, tmp_path)
-    (tmp_path / "prompts.txt").write_text("\ufeffa lamp\n\n   \n a round table \n", encoding="utf-8")
-    out = tmp_path / "out"
-
-    def job(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "jobs/sample.py", str(run), "--count", "1", "--steps", "2", "--out", str(out)]
-        return subprocess.run([*command, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
-
-    done = job("--text", "a chair", "--text-file", str(tmp_path / "prompts.txt"), "--guidance", "2")
-    assert done.returncode == 0, done.stderr
-    nodes = json.loads((out / "seed0-16px-seeds.json").read_text())["nodes"]
-    assert [node["prompt"] for node in nodes] == ["a chair", "a lamp", "a round table"]
-    (tmp_path / "blank.txt").write_text("\n \n")
-    for given, message in (
-        (["--text-file", str(tmp_path / "blank.txt")], "holds no prompt; write one a line"),
-        (["--text-file", str(tmp_path / "none.txt")], "cannot be read: "),
-        (["--guidance", "3"], "guidance=3.0 has no prompt that it could guide towards"),
-    ):
-        failed = job(*given)
-        assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and message in failed.stderr
-
-
-def test_an_exported_run_keeps_what_prompts_need(finished: Path, tmp_path: Path):
-    out = tmp_path / "shared"
-    export(finished, out)
-    table = TextTable.open(out / "text")
-    assert table.captions == 1 and table.sha256 == TextTable.open(finished / "text").sha256
-    exact, shared = (dinr.load(place).sample(2, text="a chair", steps=2).render(8) for place in (finished, out))
-    assert (exact - shared).abs().max() < 0.05  # weights of half the digits
-    shutil.rmtree(out / "text")
-    with pytest.raises(ValueError, match=r"text/table.json does not exist: the run has not come that far"):
-        dinr.load(out).sample(1)
 
 
 def test_numbers_beyond_float16_are_refused(tmp_path: Path, clip: OpenCLIP):

@@ -7,7 +7,7 @@ import math
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -66,16 +66,6 @@ class Data:
         index = load_index(url, cache=self.cache(), allow_pipe=self.allow_pipe)
         index.check()
         return index
-
-    def records(self, index: ShardIndex, *, only: Collection[str]) -> Iterator[Record]:
-        """Every record of a set, in its own order, with members of these suffixes alone, the key beside them."""
-        cache = self.cache()
-        for shard in index.shards:
-            opened = OpenShard(shard, cache)
-            try:
-                yield from (opened.record(sample, only=only) for sample in range(len(opened)))
-            finally:
-                opened.close()
 
     def dataset(self, index: ShardIndex, *, read: Read, seed: int) -> "ShardDataset":
         """The samples of `index` in this run's order."""

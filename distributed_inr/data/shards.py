@@ -6,13 +6,15 @@ The side index holds offset, size and crc32 of every member, so that any sample 
 checked, without unpacking anything. Sets made by others (tars only) are indexed when they are first seen.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import weakref
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +25,8 @@ from braceexpand import braceexpand
 from distributed_inr.data import storage
 from distributed_inr.data.cache import Cache, changed
 from distributed_inr.domains.domain import Record
+
+logger = logging.getLogger(__name__)
 
 INDEX_NAME = "index.json"
 FORMAT_VERSION = 1
@@ -160,6 +164,23 @@ class OpenShard:
 
 class ShardDamaged(ValueError):
     """The bytes of a shard are not those that were indexed: the run stops, since any other sample may be wrong too."""
+
+
+def records(index: ShardIndex, cache: Cache, *, only: Collection[str]) -> Iterator[tuple[int, Record]]:
+    """Samples by number, with members of some suffixes alone; what cannot be read is logged and passed over."""
+    first = 0
+    for shard in index.shards:
+        with contextlib.closing(OpenShard(shard, cache)) as opened:
+            for sample in range(shard.samples):
+                try:
+                    record = opened.record(sample, only=only)
+                except ShardDamaged:
+                    raise
+                except ValueError as error:
+                    logger.warning("%s", error)
+                else:
+                    yield first + sample, record
+        first += shard.samples
 
 
 def load_index(url: str, *, cache: Cache | None = None, allow_pipe: bool = False) -> ShardIndex:

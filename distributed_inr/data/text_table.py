@@ -1,13 +1,14 @@
 """The table of a run's text embeddings: every distinct caption once, by its hash, with what its encoder made of it.
 
-    text/  table.json  captions.txt  hashes.npy  starts.npy  tokens.npy
+    text/  table.json  captions.txt  hashes.npy  starts.npy  tokens.f16
 
 Tokens are float16, unpadded, one caption after the other, and memory-mapped: training a prior loads no text encoder.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,14 @@ from distributed_inr.data.reader import read_latent
 from distributed_inr.domains.domain import Record, Signal, captions
 from distributed_inr.models.text import TextEncoder, one_line
 
+logger = logging.getLogger(__name__)
+
 _VERSION = 1
 _BATCH = 64
+_TOKENS = "tokens.f16"
+"""Rows of `width` numbers, little-endian."""
+_REMARKS = 5
+"""Of an encoder, on the captions of a table, that are logged one by one."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,9 @@ class TextTable:
         """Whether a folder holds a table that can be read."""
         try:
             table = TextTable.open(folder)
-            starts, hashes, tokens = map(table._array, ("starts", "hashes", "tokens"))
+            return table.captions + 1 == len(table._hashes) + 1 == len(table._starts) and len(table._rows) > 0
         except ValueError:
             return False
-        return len(starts) == len(hashes) + 1 == table.captions + 1 and tokens.shape == (starts[-1], table.width)
 
     @property
     def identity(self) -> str:
@@ -103,8 +109,8 @@ class TextTable:
     def _own(self, caption: str) -> np.ndarray:
         """A caption's tokens, unpadded."""
         row = self._row(caption)
-        start, end = self._array("starts")[row : row + 2]
-        return self._array("tokens")[start:end]
+        start, end = self._starts[row : row + 2]
+        return self._rows[start:end]
 
     def _row(self, caption: str) -> int:
         row = self._find(caption)
@@ -113,15 +119,33 @@ class TextTable:
         return row
 
     def _find(self, caption: str) -> int | None:
-        hashes, own = self._array("hashes"), _hash(caption)
+        hashes, own = self._hashes, _hash(caption)
         row = int(np.searchsorted(hashes, own))
         return row if row < len(hashes) and hashes[row] == own else None
 
-    def _array(self, name: str) -> np.ndarray:
+    @property
+    def _hashes(self) -> np.ndarray:
+        return self._opened("hashes.npy", _map_array)
+
+    @property
+    def _starts(self) -> np.ndarray:
+        return self._opened("starts.npy", _map_array)
+
+    @property
+    def _rows(self) -> np.ndarray:
+        def read(path: Path) -> np.ndarray:
+            shape = (int(self._starts[-1]), self.width)
+            if (size := path.stat().st_size) != 2 * shape[0] * shape[1]:
+                raise ValueError(f"it has {size} bytes, not {2 * shape[0] * shape[1]}")
+            return np.memmap(path, dtype="<f2", mode="r", shape=shape)
+
+        return self._opened(_TOKENS, read)
+
+    def _opened(self, name: str, read: Callable[[Path], np.ndarray]) -> np.ndarray:
         if name not in self._arrays:
-            path = self.folder / f"{name}.npy"
+            path = self.folder / name
             try:
-                self._arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+                self._arrays[name] = read(path)
             except (OSError, EOFError, ValueError) as error:
                 raise ValueError(f"{path} cannot be read: {error}; delete {self.folder} to make it again") from None
         return self._arrays[name]
@@ -147,11 +171,49 @@ def read_captioned_latent(record: Record, seed: int, *, texts: TextTable, dropou
     return replace(signal, text=drawn, text_tokens=tokens, text_mask=mask)
 
 
-def write_table(folder: Path, prompts: Iterable[str], encoder: TextEncoder) -> TextTable:
-    """Embed the distinct prompts, and the empty one, and write them to a folder."""
-    distinct = _distinct(prompts)
-    rows = embedded(distinct, encoder)
-    return _write(folder, distinct, rows, encoder=encoder.name, sha256=encoder.sha256, width=encoder.width)
+def write_table(
+    folder: Path, prompts: Iterable[str], encoder: TextEncoder, *, progress: Callable[[int, int], None] | None = None
+) -> TextTable:
+    """Embed the distinct prompts, and the empty one, and write them to a folder.
+
+    Args:
+        progress: called with (prompts done, of how many).
+    """
+    distinct, remarks = _distinct(prompts), list[str]()
+
+    def rows() -> Iterator[np.ndarray]:
+        for number, row in enumerate(embedded(distinct, encoder, remark=remarks.append), start=1):
+            if progress is not None and (number % _BATCH == 0 or number == len(distinct)):
+                progress(number, len(distinct))
+            yield row
+
+    table = _write(folder, distinct, rows(), encoder=encoder.name, sha256=encoder.sha256, width=encoder.width)
+    for remark in remarks[:_REMARKS]:
+        logger.warning(remark)
+    if len(remarks) > _REMARKS:
+        logger.warning("and the like of %d captions more", len(remarks) - _REMARKS)
+    return table
+
+
+@torch.no_grad()
+def embedded(
+    prompts: Sequence[str], encoder: TextEncoder, *, remark: Callable[[str], None] = logger.warning
+) -> Iterator[np.ndarray]:
+    """The tokens of each prompt, float16 and unpadded, as a table has them.
+
+    Args:
+        remark: told what the encoder does not take in.
+    """
+    for first in range(0, len(prompts), _BATCH):
+        part = list(prompts[first : first + _BATCH])
+        found = encoder(part)
+        for line in found.remarks:
+            remark(line)
+        for prompt, tokens, mask in zip(part, found.tokens, found.mask, strict=True):
+            own = tokens[mask].half()
+            if not own.isfinite().all():
+                raise ValueError(f"{encoder.name} gives {prompt!r} numbers that float16 cannot hold; use another one")
+            yield own.cpu().numpy()
 
 
 def identity(encoder: str, sha256: str) -> str:
@@ -179,20 +241,15 @@ def _write(
         raise ValueError(f"two of the {len(distinct)} captions have one hash; change either by a word")
     starts, longest = [0], 0
     digest = hashlib.sha256(sha256.encode())
-    raw = folder / "tokens.raw"
-    with raw.open("wb") as file:
+    with (folder / _TOKENS).open("wb") as file:
         for tokens in rows:
             starts.append(starts[-1] + len(tokens))
             longest = max(longest, len(tokens))
-            content = tokens.tobytes()
+            content = tokens.astype("<f2").tobytes()
             digest.update(content)
             file.write(content)
     for content in (hashes, np.array(starts, dtype=np.int64)):
         digest.update(content.tobytes())
-    mapped = np.memmap(raw, dtype=np.float16, mode="r", shape=(starts[-1], width))
-    np.save(folder / "tokens.npy", mapped)
-    del mapped
-    raw.unlink()
     np.save(folder / "hashes.npy", hashes)
     np.save(folder / "starts.npy", np.array(starts, dtype=np.int64))
     (folder / "captions.txt").write_text("".join(f"{prompt}\n" for prompt in distinct), encoding="utf-8")
@@ -209,17 +266,8 @@ def _write(
     return TextTable.open(folder)
 
 
-@torch.no_grad()
-def embedded(prompts: Sequence[str], encoder: TextEncoder) -> Iterator[np.ndarray]:
-    """The tokens of each prompt, float16 and unpadded, as a table has them."""
-    for first in range(0, len(prompts), _BATCH):
-        part = list(prompts[first : first + _BATCH])
-        found = encoder(part)
-        for prompt, tokens, mask in zip(part, found.tokens, found.mask, strict=True):
-            own = tokens[mask].half()
-            if not own.isfinite().all():
-                raise ValueError(f"{encoder.name} gives {prompt!r} numbers that float16 cannot hold; use another one")
-            yield own.cpu().numpy()
+def _map_array(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def _hash(caption: str) -> np.uint64:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from distributed_inr.data.shards import records
 from distributed_inr.domains.domain import Record, caption, captions
 from distributed_inr.evaluation.distances import Observer, Traits
 from distributed_inr.evaluation.splits import Advance, Split, spread
@@ -51,8 +52,8 @@ class Labelled:
 
 def labelled(model: FieldModel, split: Split) -> list[Labelled]:
     """Class and text of every sample of a set, without decoding them; those of unreadable text are left out."""
-    records, found = model.experiment.data.records(split.dataset.index, only=("json", "txt")), []
-    for number, record in enumerate(records):
+    cache, found = model.experiment.data.cache(), []
+    for number, record in records(split.dataset.index, cache, only=("json", "txt")):
         with contextlib.suppress(ValueError):
             found.append(Labelled(number, _class_of(record), caption(record)))
     return found
@@ -188,14 +189,15 @@ def classify(
         seen, rows_seen = _observe(observer, held_out, own, advance, copies=False)
         right = told.predict(seen) == torch.tensor([classes.index(one.name) for one in rows_seen])
         found |= {"held_out_accuracy": right.double().mean().item(), "held_out_signals": len(right)}
-    by_text = all(len({one.text.lower() for one in signals if one.name == name}) > 1 for name in classes)
-    groups = [one.text.strip().lower() if by_text and one.text.strip() else f"number {one.number}" for one in rows]
+    names = [next(iter(captions(one.text.lower())), "") for one in rows]
+    by_text = all(len({n for n, one in zip(names, rows, strict=True) if one.name == own}) > 1 for own in classes)
+    groups = [n if by_text and n else f"number {one.number}" for n, one in zip(names, rows, strict=True)]
     again = cross_validated(traits, labels, classes, groups) == labels
     return told, found | {
         "cross_validated_accuracy": again.double().mean().item(),
         "cross_validated_by_class": {n: again[labels == i].double().mean().item() for i, n in enumerate(classes)},
         "training_accuracy": (told.predict(traits) == labels).double().mean().item(),
-        "folds": f"{_FOLDS}, each text in one" if by_text else f"{_FOLDS}",
+        "folds": f"{_FOLDS}, each first caption in one" if by_text else f"{_FOLDS}",
         "training_signals": {name: sum(one.name == name for one in signals) for name in classes},
     }
 

@@ -21,7 +21,7 @@ from distributed_inr.evaluation.text import MAX_CAPTIONS, SAMPLES, ImageTower, m
 from distributed_inr.evaluation.text_report import write_confusion
 from distributed_inr.files import make_folder
 from distributed_inr.generation import FieldModel, load
-from distributed_inr.models.text import OpenCLIP, OpenCLIPEncoder
+from distributed_inr.models.text import OpenCLIPEncoder, TextEncoder
 from distributed_inr.training.checkpoint_reader import BANK
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -44,13 +44,13 @@ def evaluate(
     begin = time.monotonic()
     model = load(run)
     check_pipe(model, allow_pipe=allow_pipe)
-    experiment, folder = model.experiment, make_folder(out or model.folder)
+    experiment, folder, left_out = model.experiment, make_folder(out or model.folder), dict[str, str]()
+    encoder = _text_encoder(model, left_out)
     training = Split(model, experiment.data.train)
     held_out = None if experiment.data.val is None else Split(model, experiment.data.val)
     bar = Bar(progress, model, training, held_out)
     pictures = report.Pictures(domain=experiment.domain)
     result: dict[str, Any] = {"run": f"{experiment.family}/{experiment.name}"}
-    left_out: dict[str, str] = {}
 
     known = None
     if (reason := why_incomparable(model)) is None:
@@ -71,8 +71,8 @@ def evaluate(
         left_out["samples"] = f"{model.folder}/prior/model.safetensors does not exist: the prior is not trained"
     else:
         result["samples"] = distances(model, training, held_out, known, pictures, bar.advance, left_out)
-        if experiment.text is not None and known is not None:
-            result["text"] = _text(model, training, held_out, pictures, left_out, bar.advance)
+        if encoder is not None and known is not None:
+            result["text"] = _text(model, encoder, training, held_out, pictures, left_out, bar.advance)
 
     result |= {"left_out": left_out, "seconds": round(time.monotonic() - begin, 1)}
     names = pictures.write(folder) + write_confusion(result.get("text", {}), folder)
@@ -82,8 +82,23 @@ def evaluate(
     return result
 
 
+def _text_encoder(model: FieldModel, left_out: dict[str, str]) -> TextEncoder | None:
+    """What samples are drawn by words with, and their pictures compared to these; the reason where it cannot be had."""
+    if model.experiment.text is None or model.prior is None:
+        return None
+    if (reason := why_incomparable(model)) is not None:
+        left_out["text"] = reason
+        return None
+    try:
+        return model.load_text_encoder(with_images=True)
+    except ValueError as error:
+        left_out["text"] = str(error)
+        return None
+
+
 def _text(
     model: FieldModel,
+    encoder: TextEncoder,
     training: Split,
     held_out: Split | None,
     pictures: report.Pictures,
@@ -91,12 +106,15 @@ def _text(
     advance: Advance,
 ) -> dict[str, Any]:
     """How samples of a run with text follow it; the first ones of the words of classes are kept for a sheet."""
-    cfg, domain, drawn = model.experiment.text, model.domain, dict[str, torch.Tensor]()
-    tower, encode_text = None, None
-    if isinstance(cfg, OpenCLIP):
-        encoder = model.load_text_encoder(with_images=True)
-        assert isinstance(encoder, OpenCLIPEncoder)
-        tower, encode_text = ImageTower.of(encoder), lambda prompts: encoder(prompts).pooled
+    domain, drawn, tower = model.domain, dict[str, torch.Tensor](), None
+    if isinstance(encoder, OpenCLIPEncoder) and (tower := ImageTower.of(encoder)) is None:
+        left_out["clip_s"] = (
+            f"text.pretrained={encoder.cfg.pretrained} does not say how {encoder.name} was shown pictures, and its "
+            "weights differ in that; give one of open_clip's tags, whose weights may lie in its cache"
+        )
+
+    def encode_text(prompts: list[str]) -> torch.Tensor:
+        return encoder(prompts).pooled
 
     def draw(prompts: list[str], count: int) -> torch.Tensor:
         latents = model.sample_latents(count, guide=model.guide(prompts), seed=model.experiment.seed)

@@ -21,6 +21,7 @@ from distributed_inr.evaluation.classifier import Classifier, labelled, unseen_c
 from distributed_inr.evaluation.distances import Observer, Traits
 from distributed_inr.evaluation.splits import MAX_TRAINING_SIGNALS, Advance, Split, spread
 from distributed_inr.generation import FieldModel
+from distributed_inr.models import open_clip_zoo
 from distributed_inr.models.text import OpenCLIPEncoder
 
 Draw = Callable[[list[str], int], Tensor]
@@ -33,12 +34,12 @@ MAX_CAPTIONS = 32
 
 
 class ImageTower(nn.Module):
-    """The image half of a model such as CLIP, shown pictures as open_clip prepares them: the shorter side bicubic, the
-    middle square, standardised.
+    """The image half of a model such as CLIP, shown pictures as open_clip prepares them: standardised, and either
+    `squash`ed to a square, or the middle square of them with the `shortest` side so long.
 
     Args:
         name: of the model and its weights, for reports.
-        encode: `encode_image` of an open_clip model; the others are its `visual.image_size`, `image_mean`, `image_std`.
+        encode: `encode_image` of an open_clip model; the others are those of its PreprocessCfg.
     """
 
     def __init__(
@@ -46,31 +47,36 @@ class ImageTower(nn.Module):
         name: str,
         encode: Callable[[Tensor], Tensor],
         *,
-        pixels: int,
+        size: int,
         mean: Sequence[float],
-        deviation: Sequence[float],
+        std: Sequence[float],
+        resize_mode: str = "shortest",
+        interpolation: str = "bicubic",
     ) -> None:
         super().__init__()
-        self.name, self.encode, self.pixels = name, encode, pixels
-        self.mean, self.deviation = tuple(mean), tuple(deviation)
+        self.name, self.encode, self.size, self.squash = name, encode, size, resize_mode == "squash"
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.interpolation = "bilinear" if interpolation == "bilinear" else "bicubic"
 
     @staticmethod
-    def of(encoder: OpenCLIPEncoder) -> "ImageTower":
-        """That of an OpenCLIP model which kept it."""
-        visual = encoder.model.visual
-        size, about = visual.image_size, visual.preprocess_cfg
-        pixels, encode = size if isinstance(size, int) else min(size), encoder.model.encode_image
-        return ImageTower(encoder.name, encode, pixels=pixels, mean=about["mean"], deviation=about["std"])
+    def of(encoder: OpenCLIPEncoder) -> "ImageTower | None":
+        """That of an OpenCLIP model which kept it; None where it is not known how it was shown pictures."""
+        visual, given = encoder.model.visual, open_clip_zoo.preprocessing(encoder.cfg.model, encoder.cfg.pretrained)
+        if given is None:
+            return None
+        about = {name: visual.preprocess_cfg[name] for name in ("mean", "std", "resize_mode", "interpolation")} | given
+        size = visual.image_size if isinstance(visual.image_size, int) else min(visual.image_size)
+        return ImageTower(encoder.name, encoder.model.encode_image, size=size, **about)
 
     def forward(self, pictures: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         height, width = pictures.shape[-2:]
-        size = [round(side * self.pixels / min(height, width)) for side in (height, width)]
+        size = [self.size if self.squash else round(side * self.size / min(height, width)) for side in (height, width)]
         if size != [height, width]:
-            pictures = F.interpolate(pictures, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = ((side - self.pixels) // 2 for side in size)
-        pictures = pictures[..., top : top + self.pixels, left : left + self.pixels]
-        mean, deviation = pictures.new_tensor(self.mean), pictures.new_tensor(self.deviation)
-        return self.encode((pictures - mean.view(3, 1, 1)) / deviation.view(3, 1, 1))
+            pictures = F.interpolate(pictures, size=size, mode=self.interpolation, antialias=True).clamp(0, 1)
+        top, left = ((side - self.size) // 2 for side in size)
+        pictures = pictures[..., top : top + self.size, left : left + self.size]
+        mean, std = pictures.new_tensor(self.mean), pictures.new_tensor(self.std)
+        return self.encode((pictures - mean.view(3, 1, 1)) / std.view(3, 1, 1))
 
 
 def clip_score(images: Float[Tensor, "batch dim"], texts: Float[Tensor, "batch dim"]) -> float:
@@ -175,7 +181,6 @@ def measure_text(
     held_out: Split | None,
     *,
     left_out: dict[str, str],
-    classes: Sequence[str] | None = None,
     count: int = SAMPLES,
     tower: ImageTower | None = None,
     encode_text: Callable[[list[str]], Float[Tensor, "prompts dim"]] | None = None,
@@ -186,21 +191,20 @@ def measure_text(
 
     Args:
         left_out: gets the reasons for what could not be measured.
-        classes: to tell; None takes all of the records' classes that have enough training signals.
         count: samples of each prompt, at least 2.
         tower: with `encode_text`, its other half; None leaves CLIP-S out.
         advance: told of signals and samples that are done.
     """
     domain = model.domain
     known, others = labelled(model, training), [] if held_out is None else labelled(model, held_out)
-    sizes = Counter(one.name for one in known if one.name and (classes is None or one.name in classes))
+    sizes = Counter(one.name for one in known if one.name)
     large = [name for name, size in sizes.most_common() if size >= classification.MIN_SIGNALS]
     names = sorted(large[: classification.MAX_CLASSES])
     if len(large) > len(names):
         left_out["other classes"] = f"the {len(names)} of the most training signals are told, of {len(large)} classes"
     towers = [] if tower is None or encode_text is None else [tower]
     if not towers:
-        left_out["clip_s"] = "the prior's text encoder has no image tower"
+        left_out.setdefault("clip_s", "the prior's text encoder has no image tower")
     network = metrics.EfficientNetLite0().to(model.device)
     observer = Observer(domain, [network, *towers], model.experiment.evaluation.surface_points)
     plain, told, result = replace(observer, networks=[network], surface_points=0), None, {}

