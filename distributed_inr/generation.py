@@ -11,7 +11,7 @@ Needs neither Ray nor DeepSpeed nor webdataset.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from distributed_inr.field import Field
 from distributed_inr.models import FieldAutoencoder, LatentPrior
 from distributed_inr.models.hierarchical_diffusion import HierarchicalDiffusionModel
 from distributed_inr.models.noising import Sampler
-from distributed_inr.models.text import TextEncoder, load_encoder, one_line
+from distributed_inr.models.text import NoWeights, OpenCLIP, TextEncoder, one_line
 from distributed_inr.models.text_conditioning import Guidance, TextCondition
 from distributed_inr.randomness import sample_seed
 
@@ -52,6 +52,7 @@ class FieldModel:
     prior: LatentPrior | None
     device: torch.device
     texts: TextTable | None = None
+    _encoders: dict[bool, TextEncoder] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def domain(self) -> AnyDomain:
@@ -173,9 +174,7 @@ class FieldModel:
 
         Raises ValueError where the encoder is not the one that the prior was trained with.
         """
-        table = self.texts
-        if table is None:
-            raise ValueError(f"{self.folder}/text/table.json does not exist: {_UNFINISHED}")
+        table = self.text_table
         prompts = [one_line(prompt) for prompt in prompts]
         others = [prompt for prompt in dict.fromkeys(prompts) if prompt not in table]
         known = {prompt: table.tokens(prompt) for prompt in prompts if prompt in table}
@@ -192,17 +191,22 @@ class FieldModel:
 
         Raises ValueError where it cannot be had, or is not the one that the prior was trained with.
         """
-        cfg, table = self.experiment.text, self.texts
-        assert cfg is not None and table is not None
+        cfg, table = self.experiment.text, self.text_table
+        assert cfg is not None
+        with_images = with_images and isinstance(cfg, OpenCLIP)
+        for kept in (True,) if with_images else (True, False):
+            if kept in self._encoders:
+                return self._encoders[kept]
         try:
-            encoder = load_encoder(cfg, self.device, with_images=with_images)
-        except ValueError as error:  # of a path on another machine, perhaps
-            raise ValueError(f"{self.folder}/config.json: {error}") from None
+            encoder = cfg.build(with_images=True) if with_images and isinstance(cfg, OpenCLIP) else cfg.build()
+        except NoWeights as error:  # of a path on another machine, perhaps
+            raise NoWeights(f"{self.folder}/config.json: {error}") from None
         if encoder.sha256 != table.sha256:
             raise ValueError(
                 f"{self.folder} was trained with text embedded by {table.identity}, and text.kind={cfg.kind} now "
                 f"loads {identity(encoder.name, encoder.sha256)}; bring those weights back"
             )
+        self._encoders[with_images] = encoder.to(self.device)
         return encoder
 
     @torch.no_grad()
@@ -247,6 +251,13 @@ class FieldModel:
         if branches < 1:
             raise ValueError(f"branches={branches} must be at least 1")
         return prior
+
+    @property
+    def text_table(self) -> TextTable:
+        """The embeddings of its captions. Raises ValueError where the run has not come that far."""
+        if self.texts is None:
+            raise ValueError(f"{self.folder}/text/table.json does not exist: {_UNFINISHED}")
+        return self.texts
 
     @property
     def trained_prior(self) -> LatentPrior:

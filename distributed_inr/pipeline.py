@@ -79,9 +79,9 @@ def run(
     experiment = settle_output(experiment, shared=in_ray_job())
     train_index, val_index = indexes(experiment)
     experiment = experiment.settle(train_index.num_samples, train_index.protocol)
-    weights = None
+    weights = ""
     if "text" in stages and experiment.text is not None:
-        weights = weights_of(experiment, _stages(experiment)[2])  # is there such an encoder?
+        weights = weights_of(experiment, _stages(experiment)[2])
     with torch.device("meta"):  # shapes only: what does not fit is found before anything is trained
         autoencoder = experiment.autoencoder.build(experiment.domain)
         prior = experiment.prior.build(autoencoder.latent_shape)
@@ -102,8 +102,7 @@ def run(
             stage.refuse_other_options()
         _refuse_other_checkpoints(experiment)
         if "text" in stages and experiment.text is not None:
-            if weights is not None:
-                refuse_other_encoder(experiment, fit_prior, identity(experiment.text.label, weights))
+            refuse_other_encoder(experiment, fit_prior, identity(experiment.text.label, weights))
             if not encode.was_finished:
                 check_captions(experiment, train_index)
         for stage, path in ((fit, "autoencoder_training"), (fit_prior, "prior_training")):
@@ -138,13 +137,11 @@ def run(
                 encode.finish(inputs)
 
         if "text" in stages and experiment.text is not None:
-            inputs = {"latents": experiment.data.index(str(encode.folder)).fingerprint}
+            inputs = {"latents": experiment.data.index(str(encode.folder)).fingerprint, "weights": weights}
             inputs["val"] = val_index.fingerprint if val_index else ""
-            if weights is not None:
-                inputs["weights"] = weights
             if not (embed.is_current(inputs) and TextTable.is_whole(embed.folder)):
                 embed.begin(inputs)
-                work = functools.partial(write_texts, experiment=experiment, stage=embed, fit_prior=fit_prior)
+                work = functools.partial(write_texts, experiment=experiment, stage=embed)
                 place.run(work, title="text", folder=embed.folder, num_workers=1)
                 embed.finish(inputs)
 

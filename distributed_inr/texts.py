@@ -23,17 +23,11 @@ from distributed_inr.training import checkpoint
 logger = logging.getLogger(__name__)
 
 
-def write_texts(worker: Worker, *, experiment: Experiment, stage: Stage, fit_prior: Stage) -> None:
-    """Embed the distinct captions of the latents, which the prior trains on, of the held-out set, and no caption.
-
-    Raises ValueError, and leaves the table as it is, where the stage `fit_prior` knows another encoder.
-    """
+def write_texts(worker: Worker, *, experiment: Experiment, stage: Stage) -> None:
+    """Embed the distinct captions of the latents, which the prior trains on, of the held-out set, and no caption."""
     stage.check_shared()
-    assert experiment.text is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = experiment.text.build().to(device)
-    refuse_other_encoder(experiment, fit_prior, identity(encoder.name, encoder.sha256))
     stage.clear()
+    assert experiment.text is not None
     data = experiment.data
     found: set[str] = set()
     latents = str(experiment.folder / "latents")
@@ -41,6 +35,7 @@ def write_texts(worker: Worker, *, experiment: Experiment, stage: Stage, fit_pri
         found.update(read_captions(data, data.index(url)))
         if number == 0 and not found:
             raise _no_captions(experiment)
+    encoder = experiment.text.build().to("cuda" if torch.cuda.is_available() else "cpu")
     try:
         table = write_table(stage.folder, found, encoder, progress=lambda done, count: worker.progress(done, count, {}))
     except OSError as error:
@@ -48,20 +43,22 @@ def write_texts(worker: Worker, *, experiment: Experiment, stage: Stage, fit_pri
     logger.info("text: %d captions by %s", table.captions, table.identity)
 
 
-def weights_of(experiment: Experiment, stage: Stage) -> str | None:
-    """The sha256 of the text encoder's weights, where it is known without a download; those that the finished stage was
-    made with where they are gone since, for it needs them no more.
+def weights_of(experiment: Experiment, stage: Stage) -> str:
+    """The sha256 of the text encoder's weights, downloaded if need be. Once the stage is finished they may be gone.
 
-    Raises ValueError where there can be none such.
+    Raises ValueError where they cannot be had.
     """
-    assert experiment.text is not None
+    cfg, is_finished = experiment.text, stage.is_current(stage.made_from) and TextTable.is_whole(stage.folder)
+    assert cfg is not None
     try:
-        return experiment.text.local_sha256
+        found = cfg.local_sha256
     except NoWeights:
-        made_from = stage.made_from
-        if not (stage.is_current(made_from) and TextTable.is_whole(stage.folder)):
+        if not is_finished:
             raise
-        return made_from.get("weights")
+        found = None
+    if found is not None:
+        return found
+    return TextTable.open(stage.folder).sha256 if is_finished else cfg.fetched_sha256
 
 
 def check_captions(experiment: Experiment, index: ShardIndex) -> None:

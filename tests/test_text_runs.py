@@ -19,8 +19,7 @@ from distributed_inr.analysis.control import redraw, tree
 from distributed_inr.data.text_table import TextTable, identity, read_captioned_latent, write_table
 from distributed_inr.experiment import Experiment
 from distributed_inr.files import sample_files
-from distributed_inr.models import open_clip_zoo
-from distributed_inr.models.text import LOADED, MiniLM, OpenCLIP, TextEncoder
+from distributed_inr.models.text import MiniLM, OpenCLIP, TextEncoder
 from distributed_inr.randomness import sample_seed
 from distributed_inr.raw.arrays import write_npy
 
@@ -171,7 +170,6 @@ def test_other_weights_at_the_same_path_are_refused_before_anything_is_written(
         assert (run / "text" / "table.json").read_bytes() == table
         model = dinr.load(run)  # prompts of the table are known; others need the encoder, which is another one
         model.sample(1, text="a chair", steps=2)
-        LOADED.clear()
         with pytest.raises(
             ValueError, match=r"was trained with text embedded by .*, and text.kind=open-clip now loads"
         ):
@@ -179,7 +177,6 @@ def test_other_weights_at_the_same_path_are_refused_before_anything_is_written(
         with pytest.raises(ValueError, match=r"was trained with text embedded by "):
             model.load_text_encoder(with_images=True)
         moved.unlink()
-        LOADED.clear()
         with pytest.raises(ValueError, match=r"config.json: text.pretrained=.* is neither a file nor one of"):
             model.sample(1, text="a stool", steps=2)
         shutil.rmtree(run / "evaluation")  # a finished table needs its weights no more
@@ -190,23 +187,30 @@ def test_other_weights_at_the_same_path_are_refused_before_anything_is_written(
             pipeline.run(again(run, home, clip))
     finally:
         moved.write_bytes(kept)
-        LOADED.clear()
 
 
-def test_an_encoder_by_a_tag_is_refused_before_it_replaces_the_table(
+def test_an_encoder_by_a_tag_is_refused_before_anything_is_written(
     finished: Path, home: Path, clip: OpenCLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    import open_clip.pretrained as known
+
+    other = tiny_clip(tmp_path, seed=1)
+    places = {"the_same": {"file": clip.pretrained}, "other": {"file": other.pretrained}}
+    monkeypatch.setitem(known._PRETRAINED, NAME, places)
     run = copy(finished, tmp_path)
-    table = (run / "text" / "table.json").read_bytes()
-    fetched = tiny_clip(tmp_path, seed=1).build()
-    monkeypatch.setattr(open_clip_zoo, "tags", lambda model: ["some_tag"])
-    monkeypatch.setattr(open_clip_zoo, "_about", lambda model, tag: {})
-    monkeypatch.setattr(OpenCLIP, "build", lambda self, *, with_images=False: fetched)
+    prior = (run / "prior" / "model.safetensors").stat().st_mtime_ns
+    kept = {name: (run / name).read_bytes() for name in ("config.json", "text/stage.json", "text/table.json")}
     with pytest.raises(ValueError, match="was trained on captions embedded by .*, and `text` is .*: bring that one"):
-        pipeline.run(again(run, home, OpenCLIP(model=NAME, pretrained="some_tag")))
-    assert (run / "text" / "table.json").read_bytes() == table
-    with pytest.raises(ValueError, match=r"was trained with text embedded by .*, and text.kind=open-clip now loads"):
-        dinr.load(run).sample(1, text="a stool", steps=2)
+        pipeline.run(again(run, home, OpenCLIP(model=NAME, pretrained="other")))
+    assert kept == {name: (run / name).read_bytes() for name in kept}
+    pipeline.run(again(run, home, OpenCLIP(model=NAME, pretrained="the_same")))
+    dinr.load(run).sample(1, text="a stool", steps=2)
+    Path(clip.pretrained or "").rename(tmp_path / "gone")  # such as a cache that was cleared
+    try:
+        pipeline.run(again(run, home, OpenCLIP(model=NAME, pretrained="the_same")))
+        assert prior == (run / "prior" / "model.safetensors").stat().st_mtime_ns
+    finally:
+        (tmp_path / "gone").rename(clip.pretrained or "")
 
 
 def test_the_same_weights_may_be_moved(finished: Path, home: Path, clip: OpenCLIP, tmp_path: Path):

@@ -67,15 +67,21 @@ def test_a_whole_run_says_how_its_samples_follow_their_text(tmp_path: Path):
             assert np.asarray(picture).std() > 5
 
 
-def test_an_evaluation_without_its_encoder_measures_the_rest(finished: Path, tmp_path: Path):
+def test_an_evaluation_without_its_encoder_measures_the_rest(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     config = json.loads((run / "config.json").read_text())
     config["text"]["pretrained"] = "/another/machine.safetensors"
     (run / "config.json").write_text(json.dumps(config))
     result = dinr.evaluate(run)
+    assert "samples by words are left out" in caplog.text
     assert "text" not in result and "neither a file nor one of" in result["left_out"]["text"]
     assert result["val"] and result["samples"]
+    shutil.rmtree(run / "text")
+    with pytest.raises(ValueError, match=r"text/table.json does not exist: the run has not come that far"):
+        dinr.evaluate(run)
 
 
 def test_samples_depend_on_their_seed_and_prompt_alone(finished: Path):

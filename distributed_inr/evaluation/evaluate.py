@@ -4,6 +4,7 @@ Everything runs in the calling process, on the GPU where there is one, with the 
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,10 @@ from distributed_inr.evaluation.text import MAX_CAPTIONS, SAMPLES, ImageTower, m
 from distributed_inr.evaluation.text_report import write_confusion
 from distributed_inr.files import make_folder
 from distributed_inr.generation import FieldModel, load
-from distributed_inr.models.text import OpenCLIPEncoder, TextEncoder
+from distributed_inr.models.text import NoWeights, OpenCLIPEncoder, TextEncoder
 from distributed_inr.training.checkpoint_reader import BANK
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with (signals done, of how many, {})."""
@@ -91,7 +94,8 @@ def _text_encoder(model: FieldModel, left_out: dict[str, str]) -> TextEncoder | 
         return None
     try:
         return model.load_text_encoder(with_images=True)
-    except ValueError as error:
+    except NoWeights as error:
+        logger.warning("samples by words are left out: %s", error)
         left_out["text"] = str(error)
         return None
 

@@ -31,7 +31,7 @@ def tags(model: str) -> list[str]:
 
 def refuse_other_activation(model: str, tag: str) -> None:
     """Weights that were trained with QuickGELU say little with GELU; open_clip has models of their own for them."""
-    if _about(model, tag).get("quick_gelu", False) and not model_config(model).get("quick_gelu", False):
+    if _about(model, tag).get("quick_gelu", False) and not _is_quick(model):
         raise ValueError(
             f"text.pretrained={tag} was trained with another activation than text.model={model} has; use "
             f"text.model={model}-quickgelu"
@@ -40,13 +40,14 @@ def refuse_other_activation(model: str, tag: str) -> None:
 
 def preprocessing(model: str, weights: str | None) -> dict[str, Any] | None:
     """How a model's image tower was shown pictures, by the names of open_clip's PreprocessCfg, where it may differ from
-    its defaults. None for a file of weights of a model whose tags differ in it.
+    its defaults. None for a file of weights of a model whose tags, those of its activation, differ in it.
 
     Args:
         weights: a tag, or the path of a file, which is one of whatever tag.
     """
     known = tags(model)
     own = [weights] if weights in known and not Path(weights).is_file() else known
+    own = [tag for tag in own if _about(model, tag).get("quick_gelu", False) == _is_quick(model)]
     found = [{name: value for name, value in _about(model, tag).items() if name in _PREPROCESSING} for tag in own]
     if any(one != found[0] for one in found):
         return None
@@ -72,6 +73,10 @@ def fetch(model: str, weights: str) -> Path:
 def short_reason(error: Exception) -> str:
     """What an error of another library says, as a part of a line."""
     return " ".join(str(error).split())[:200]
+
+
+def _is_quick(model: str) -> bool:
+    return model_config(model).get("quick_gelu", False)
 
 
 def _about(model: str, tag: str) -> dict[str, Any]:

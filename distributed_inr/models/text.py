@@ -73,6 +73,14 @@ class OpenCLIP:
         open_clip_zoo.refuse_other_activation(self.model, self.pretrained)
         return None
 
+    @property
+    def fetched_sha256(self) -> str:
+        """Of the weights, downloaded if need be. Raises ValueError where they cannot be had."""
+        if (known := self.local_sha256) is not None:
+            return known
+        assert self.pretrained is not None
+        return _checked_sha256(open_clip_zoo.fetch(self.model, self.pretrained), self.sha256)
+
     def build(self, *, with_images: bool = False) -> "OpenCLIPEncoder":
         """Load it. Raises ValueError where its weights cannot be had or are not those of `sha256`."""
         return OpenCLIPEncoder(self, with_images=with_images)
@@ -105,6 +113,11 @@ class MiniLM:
     def local_sha256(self) -> str:
         """Of the weights."""
         return _checked_sha256(_minilm_folder() / "model.safetensors", self.sha256)
+
+    @property
+    def fetched_sha256(self) -> str:
+        """Of the weights, for which nothing is fetched."""
+        return self.local_sha256
 
     def build(self) -> "MiniLMEncoder":
         """Load it. Raises ValueError where the package is missing or its weights are not those of `sha256`."""
@@ -168,17 +181,13 @@ class OpenCLIPEncoder(TextEncoder):
         import_torchvision()
         import open_clip
 
-        self.name = cfg.label
+        self.name, self.sha256 = cfg.label, cfg.fetched_sha256
         if cfg.pretrained is None:
-            assert cfg.local_sha256 is not None
-            self.sha256 = cfg.local_sha256
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model = open_clip.create_model(cfg.model, pretrained=None)
         else:
-            known = cfg.local_sha256
             path = open_clip_zoo.fetch(cfg.model, cfg.pretrained)
-            self.sha256 = known or _checked_sha256(path, cfg.sha256)
             given = cfg.pretrained if path != Path(cfg.pretrained).expanduser() else str(path)
             try:
                 model = open_clip.create_model(cfg.model, pretrained=given, weights_only=True)
@@ -284,24 +293,6 @@ class MiniLMEncoder(TextEncoder):
         tokens = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         pooled = (tokens * mask[..., None]).sum(1) / lengths[:, None]
         return Embedded(tokens, mask, F.normalize(pooled, dim=-1), remarks)
-
-
-def load_encoder(cfg: AnyTextEncoder, device: torch.device, *, with_images: bool = False) -> TextEncoder:
-    """A text encoder, loaded once.
-
-    Args:
-        with_images: with its image tower, where it has one.
-    """
-    with_images = with_images and isinstance(cfg, OpenCLIP)
-    found = LOADED.get((cfg, device))
-    if found is None or (with_images and not hasattr(found.model, "visual")):
-        encoder = cfg.build(with_images=True) if with_images and isinstance(cfg, OpenCLIP) else cfg.build()
-        found = LOADED[cfg, device] = encoder.to(device)
-    return found
-
-
-LOADED: dict[tuple[AnyTextEncoder, torch.device], TextEncoder] = {}
-"""By `load_encoder`."""
 
 
 def one_line(prompt: str) -> str:
