@@ -2,12 +2,17 @@
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
+import matplotlib
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from distributed_inr.domains.image import to_pillow
+
+_FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+"""It has Greek, Cyrillic, Arabic and Hebrew letters, unlike Pillow's own."""
 
 
 def fit(picture: Float[Tensor, "3 height width"], size: int) -> Image.Image:
@@ -39,7 +44,7 @@ def sheet(
     """Pictures of one height in a grid on white, with a label under each and titles at the top and the left."""
     cell = max((picture.width for row in rows for picture in row), default=1)
     height = max((picture.height for row in rows for picture in row), default=1)
-    font = ImageFont.load_default(size=max(14, height // 24))
+    font = ImageFont.truetype(_FONT, size=max(14, height // 24))
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
     def extent(text: str) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from distributed_inr.data.text_table import TextTable
 from distributed_inr.evaluation.text import ImageTower, clip_score
 from distributed_inr.files import export, sample_files
 from distributed_inr.randomness import sample_seed
+from distributed_inr.sheets import sheet
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -172,6 +173,15 @@ def test_a_sheet_is_of_so_many_samples_of_a_prompt_and_says_so(
     sample_files(dinr.load(finished), tmp_path, text=["a chair"] * 5, count=17, steps=1)
     assert [len(row) for row in drawn["rows"]] == [16] * 4
     assert drawn["title"] == "the first 16 of 17 samples of the first 4 of 5 prompts"
+
+
+def test_titles_of_other_scripts_can_be_read():
+    def drawn(title: str) -> np.ndarray:
+        return np.asarray(sheet([[Picture.new("RGB", (64, 64))]], row_titles=[title]))
+
+    for one, other in ("жд", "λμ", "بت"):
+        first, second = drawn(one), drawn(other)
+        assert first.shape != second.shape or not np.array_equal(first, second)  # no boxes
 
 
 def test_options_without_influence_are_said(finished: Path, caplog: pytest.LogCaptureFixture):
