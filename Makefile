@@ -16,11 +16,13 @@ setup: .venv/.ready
 quickstart: setup
 	$(BIN)/python jobs/train_ddmi.py
 
+# Two at a time, each with one thread; then, one at a time, those that start a cluster or have seconds to be done in.
 test: setup
-	$(BIN)/python -m pytest -m "not faults"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not alone and not faults"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "(ray or alone) and not faults"
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not ray and not slow and not gpu and not faults"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not ray and not slow and not gpu and not faults"
 
 test-faults: setup
 	$(BIN)/python -m pytest -m faults -s

@@ -127,6 +127,7 @@ def test_a_wrong_token_is_one_line(local_ray: LocalRay, tmp_path: Path):
     assert submitted.returncode != 0 and "token" in submitted.stdout + submitted.stderr
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(
     subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0, reason="needs mount namespaces"
 )

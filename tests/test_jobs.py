@@ -112,7 +112,11 @@ def test_fault_16_sigint_by_the_user(tmp_path: Path):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "workers"), [([], 2), (["--working-dir", "."], 1)], ids=["in-place", "working-dir"]
+    ("options", "workers"),
+    [
+        pytest.param([], 2, id="in-place"),
+        pytest.param(["--working-dir", "."], 1, id="working-dir", marks=pytest.mark.faults),
+    ],
 )
 def test_ray_job_submit_runs_the_job_and_keeps_its_output(local_ray: LocalRay, options: list[str], workers: int):
     name = f"submitted-{workers}"

@@ -74,6 +74,7 @@ def test_windows_ahead_are_those_of_the_positions_to_come() -> None:
     assert order.windows_ahead(39)[1] == order.windows_ahead(40)[0]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("position", [0, 10**9 - 1, 5 * 10**9 + 123_456_789, 10**15])
 def test_first_position_of_a_billion_samples_is_known_within_a_second_and_200_mb(position: int) -> None:
     samples = [10**4] * 10**5

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LocalRay
+from conftest import LocalRay, in_environment
 from safetensors.torch import load_file
+from test_jobs import run_here
 from tiny_run import write_pictures
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -157,6 +158,7 @@ def test_a_killed_sweep_and_a_killed_trial_go_on_and_nothing_is_lost_or_repeated
     assert f"is another sweep: experiment.prior_training.num_samples is {LONG} there and 17000 here" in again.stderr
 
 
+@pytest.mark.faults
 def test_trials_of_two_workers_run_one_at_a_time_and_one_that_fails_is_reported(local_ray: LocalRay, tmp_path: Path):
     sweep = Sweep(tmp_path, local_ray, "tune_hcdm", '{"prior.condition_bits": tune.grid_search([2, 1000, 3])}')
     asked_too_much = sweep.run("--scale.num-workers", "3")
@@ -262,21 +264,25 @@ ONLY_IF = {"prior.denoiser.width": {"prior.denoiser.kind": "mlp"}} | {
         assert held == (mlp if trial["values"]["prior.denoiser.kind"] == "mlp" else unet)
 
 
-def test_what_cannot_be_swept_is_refused_in_one_line(local_ray: LocalRay, tmp_path: Path):
+def test_what_cannot_be_swept_is_refused_in_one_line(
+    local_ray: LocalRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     sweep = Sweep(tmp_path, local_ray, "tune_hcdm", '{"prior.condition_bit": tune.grid_search([2])}')
     for flags, message in (
         ([], "unknown field 'prior.condition_bit'; did you mean prior.condition_bits?"),
         (["--scheduler", "asha", "--space", "tune_spaces/condition_bits.py"], "scheduler=asha stops trials by"),
-        (["--resume", "--space", "tune_spaces/condition_bits.py"], "--resume: "),
         (["--seed", "x"], "error: seed='x'"),
         (["--seeds", "0"], "error: seeds="),
         (["--scheduler", "hyperband"], "scheduler='hyperband'"),
         (["--scale.launcher", "none", "--space", "tune_spaces/condition_bits.py"], "scale.launcher=none"),
     ):
-        refused = sweep.run(*flags)
-        assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
-        assert message in refused.stderr
-        assert not sweep.trials()
+        with in_environment(local_ray.environment):
+            assert run_here(monkeypatch, *sweep.command[2:], *flags, job=sweep.command[1]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line and not sweep.trials()
+    refused = sweep.run("--resume", "--space", "tune_spaces/condition_bits.py")  # known once the cluster is
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+    assert "--resume: " in refused.stderr and not sweep.trials()
 
 
 def test_help_names_the_sweeps_options_and_the_fields():

@@ -16,7 +16,7 @@ from tiny_run import write_pictures
 
 from distributed_inr.experiment import Experiment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 STEPS = 12
 ALONE = {"scale__launcher": "none", "scale__num_threads": 1}
