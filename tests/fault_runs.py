@@ -158,6 +158,12 @@ class Job:
         return max(int(path.parent.name) for path in checkpoints.glob("*/manifest.json"))
 
     @property
+    def committed_at(self) -> float:
+        """Unix time at which the newest checkpoint was committed."""
+        manifests = (self.experiment.folder / "autoencoder" / "checkpoints").glob("*/manifest.json")
+        return max(path.stat().st_mtime for path in manifests)
+
+    @property
     def samples_seen(self) -> int:
         ledger = self.experiment.folder / "autoencoder" / "ledger"
         lines = [line for path in ledger.glob("*/*.tsv") for line in path.read_text().splitlines()]

@@ -178,7 +178,9 @@ def driven(served: tuple[Path, str], local_ray: LocalRay) -> dict[str, Any]:
     whole = train_alone(folder, name="two", **LONG)
     first = Job(folder, environment, name="driven", **LONG)
     first.wait_until(lambda: first.num_lines >= 33)
-    seconds, printed = first.stop(signal.SIGTERM)
+    begin = time.time()
+    _, printed = first.stop(signal.SIGTERM)
+    seconds = first.committed_at - begin  # Ray itself takes seconds more to end
     stopped = {"seconds": seconds, "printed": printed, "kept": first.samples_kept, "seen": first.samples_seen}
     second = Job(folder, environment, name="driven", **LONG)
     second.wait_until(lambda: second.num_lines >= 77)
@@ -194,7 +196,7 @@ def test_fault_13_sigterm_to_the_driver_of_ray_workers(driven: dict[str, Any]):
     """SIGTERM to the driver of two Ray workers: a checkpoint within 5 s, no step lost."""
     assert driven["code"] == 128 + signal.SIGTERM and "stopped with a checkpoint; to go on: " in driven["printed"]
     assert driven["kept"] == driven["seen"] == read_starts(driven["run"])[1]
-    assert driven["seconds"] < GRACE_SECONDS
+    assert 0 < driven["seconds"] < GRACE_SECONDS
     expect_equal(driven["run"], driven["whole"])
 
 
