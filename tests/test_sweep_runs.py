@@ -64,7 +64,7 @@ class Sweep:
 
     def run(self, *flags: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [*self.command, *flags], env=self.environment, capture_output=True, text=True, timeout=400
+            [*self.command, *flags], env=self.environment, capture_output=True, text=True, timeout=600
         )
 
     def trials(self) -> dict[str, dict]:
@@ -90,7 +90,7 @@ class Sweep:
         return list(csv.DictReader((self.folder / "trials.csv").read_text().splitlines()))
 
 
-def wait_until(true: Callable[[], bool], process: subprocess.Popen, log: Path, *, seconds: float = 240) -> None:
+def wait_until(true: Callable[[], bool], process: subprocess.Popen, log: Path, *, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
@@ -131,7 +131,7 @@ def test_a_killed_sweep_and_a_killed_trial_go_on_and_nothing_is_lost_or_repeated
     assert held_by is not None and int(held_by[1]) != driver.pid
     kept_by_victim = sweep.kept()[victim]
     os.kill(int(held_by[1]), signal.SIGKILL)
-    assert driver.wait(400) == 0, sweep.log.read_text()
+    assert driver.wait(600) == 0, sweep.log.read_text()
 
     trials = sweep.trials()
     assert set(trials) == {f"condition_bits={bits},seed=0" for bits in (0, 2, 3, 4, 5)}
